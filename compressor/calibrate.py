@@ -1,0 +1,178 @@
+"""What the linears of a model see: running statistics of their inputs, site by site.
+
+The pass itself, its memory and its limits are blockwise.py; the reductions are statistics.py. Which linears share an
+input is seen while a block runs, by the identity of the input tensor, so there is no table of families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compressor.blockwise import Named, run_blocks
+from compressor.errors import DataError, NumericsError
+from compressor.model import blocks, linears
+from compressor.progress import Progress, Silent
+from compressor.statistics import Statistic
+
+PROBE_TOKENS = 16  # enough for `sites` to run every part of a block
+
+Statistics = dict[type[Statistic], Statistic]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input [.., features] and the linears that read it: {q, k, v}, {gate, up}, {down}, one per expert."""
+
+    names: tuple[str, ...]
+    features: int
+
+
+@dataclass
+class Calibration:
+    """Statistics by site. `unseen` lists linears that got no token: experts that the router never chose."""
+
+    sites: list[Site] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    _site_of: dict[str, Site] = field(default_factory=dict, repr=False)
+    _statistics: dict[Site, Statistics] = field(default_factory=dict, repr=False)
+
+    def seen(self, name: str) -> bool:
+        """Whether this linear got at least one token."""
+        return bool(self._site_of.get(name) in self._statistics)
+
+    def value(self, name: str, statistic: type[Statistic]) -> Tensor:
+        """The statistic of the input of linear `name`; an unseen expert borrows its siblings', merged.
+
+        Raises KeyError for a linear or statistic that was not asked for, NumericsError when no sibling was seen either.
+        """
+        site = self._site_of[name]
+        if site in self._statistics:
+            return self._statistics[site][statistic].value()
+        merged = statistic.start(site.features)
+        for other, values in self._statistics.items():
+            if _pattern(other.names[0]) == _pattern(site.names[0]):
+                merged.merge(values[statistic])
+        if not merged.tokens:
+            raise NumericsError(f"{name}: no calibration token reached it; use more or longer windows, or ignore the layer.")
+        return merged.value()
+
+
+def calibrate(
+    model: nn.Module,
+    windows: Tensor,
+    needs: Iterable[type[Statistic]],
+    names: Collection[str] | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device | None = None,
+) -> Calibration:
+    """Run windows [S, L] int64 through the model's blocks and reduce what its linears see.
+
+    needs    statistics of every site's input; each is reduced once per site
+    names    the linears to measure; None means all of `linears(model)`
+    device   where blocks run, each moved there and back; None leaves everything where it is
+    Raises DataError, ModelError for a model that cannot be run block by block, NumericsError for NaN or Inf in an input.
+    """
+    if windows.dim() != 2 or not windows.numel():
+        raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
+    chosen = {name: m for name, m in linears(model).items() if names is None or name in names}
+    gathering = _Gathering(chosen, set(needs))
+    if named := _up_to_last(blocks(model), chosen):
+        run_blocks(model, windows, named, gathering.listen, progress or Silent(), device)
+    return gathering.result()
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Which linears of the model share an input, found with a few random tokens; needs no data."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    return calibrate(model, tokens, ()).sites
+
+
+class _Gathering:
+    """Groups the inputs of the chosen linears by identity while a block runs, and reduces each group once."""
+
+    def __init__(self, chosen: dict[str, nn.Linear], needs: set[type[Statistic]]):
+        self.chosen, self.needs = chosen, needs
+        self.members: list[list[str]] = []  # linears of each site
+        self.statistics: list[Statistics] = []
+        self.site_of: dict[str, int] = {}
+
+    @contextmanager
+    def listen(self, block: str) -> Iterator[None]:
+        """Around one forward of the named block. Inputs stay alive until its end, so that an id means one tensor."""
+        inputs: dict[int, tuple[Tensor, list[str]]] = {}
+
+        def hook(name: str):
+            def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                inputs.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+            return see
+
+        inside = {name: m for name, m in self.chosen.items() if name.startswith(f"{block}.")}
+        handles = [m.register_forward_pre_hook(hook(name)) for name, m in inside.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for x, names in inputs.values():
+            self._reduce(names, x.reshape(-1, x.shape[-1]))
+
+    def _reduce(self, names: list[str], x: Tensor) -> None:
+        """x [T, K] was the input of all of `names`."""
+        if not len(x):
+            return
+        # The sum is one pass and catches NaN and Inf; the exact test only settles an overflow of the sum itself.
+        if not x.sum().isfinite() and not x.isfinite().all():
+            raise NumericsError(f"{names[0]}: NaN or Inf in its input during calibration; check the weights before it.")
+        site = next((self.site_of[n] for n in names if n in self.site_of), len(self.members))
+        if site == len(self.members):
+            self.members.append([])
+            self.statistics.append({kind: kind.start(x.shape[-1]) for kind in self.needs})
+        for name in names:
+            if self.site_of.setdefault(name, site) == site and name not in self.members[site]:
+                self.members[site].append(name)
+        for statistic in self.statistics[site].values():
+            statistic.add(x)
+
+    def result(self) -> Calibration:
+        order = {name: i for i, name in enumerate(self.chosen)}
+        unseen = [name for name in self.chosen if name not in self.site_of]
+        groups = self.members + self._by_analogy(unseen)
+        found = [Site(tuple(sorted(g, key=order.__getitem__)), self.chosen[g[0]].in_features) for g in groups]
+        return Calibration(
+            sorted(found, key=lambda site: order[site.names[0]]),
+            unseen,
+            {name: site for site in found for name in site.names},
+            dict(zip(found, self.statistics, strict=False)),  # the unseen sites, at the end, have none
+        )
+
+    def _by_analogy(self, unseen: list[str]) -> list[list[str]]:
+        """Linears that got no token, grouped as the same linears of a sibling expert are."""
+        sibling = {_pattern(name): number for name, number in self.site_of.items()}
+        groups: dict[tuple[str, int | str], list[str]] = {}
+        for name in unseen:
+            expert = name.rpartition(".")[0]
+            groups.setdefault((expert, sibling.get(_pattern(name), name)), []).append(name)
+        return list(groups.values())
+
+
+def _pattern(name: str) -> str:
+    """An expert's linear with the expert's number left open, 'layers.0.experts.3.w1' -> 'layers.0.experts.*.w1'; other
+    names, which hold no number but the block's, as they are."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if len(numbers) > 1:
+        parts[numbers[-1]] = "*"
+    return ".".join(parts)
+
+
+def _up_to_last(named: Named, chosen: Collection[str]) -> Named:
+    """The blocks up to the last one that holds a chosen linear: later ones need not run."""
+    used = [i for i, (name, _) in enumerate(named) if any(n.startswith(f"{name}.") for n in chosen)]
+    return named[: used[-1] + 1] if used else []

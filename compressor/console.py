@@ -1,0 +1,248 @@
+"""What the command line looks like: progress, tables, error lines. Only this file and `cli.py` print.
+
+Results go to stdout, everything else to stderr; with --json stdout is one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from compressor.progress import Progress, Silent
+from compressor.recipe import Recipe
+
+WIDE = 200  # columns when stdout is not a terminal, so that no module name is cut
+
+
+def emit(data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """The one JSON object of --json."""
+    print(json.dumps(data, indent=1, ensure_ascii=False, default=str))
+
+
+def say(*lines: object) -> None:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+    for line in lines:  # a line of text is never broken, so that commands can be copied
+        console.print(line, soft_wrap=isinstance(line, str))
+
+
+def complain(message: str, error: BaseException | None = None) -> None:
+    """One line on stderr; the traceback of `error` follows it when it is given."""
+    print(message, file=sys.stderr)
+    if error is not None:
+        traceback.print_exception(error)
+
+
+def table(title: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Plain columns; those that hold numbers or sizes are aligned right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(title):
+        numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    return made
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and values."""
+    made = Table(box=None, pad_edge=False, show_header=False)
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def megabytes(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.2f} GB"
+
+
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """`perplexity 26.07 -> 31.20 (29.8 to 32.7), KL 0.25, top-1 0.81`, with what there is."""
+    said = []
+    if quality.get("ppl") is not None:
+        before = f"{quality['base_ppl']:.2f} -> " if quality.get("base_ppl") is not None else ""
+        said.append(f"perplexity {before}{quality['ppl']:.2f} ({quality['ppl_low']:.2f} to {quality['ppl_high']:.2f})")
+    names = {"kl": "KL to the original", "top1": "top-1 agreement", "cosine": "cosine to the original"}
+    said += [f"{text} {quality[key]:.4f}" for key, text in names.items() if quality.get(key) is not None]
+    return ", ".join(said) + f", on {quality['tokens']} tokens"
+
+
+@contextmanager
+def working(*, quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
+    """A Progress for the length of a job: bars on a terminal, else a line per stage, nothing when `quiet`.
+
+    What libraries print in between goes to stderr, and their warnings and bars are off unless `verbose`.
+    """
+    if not verbose:
+        _hush()
+    with redirect_stdout(sys.stderr):
+        if quiet:
+            yield Silent()
+        elif sys.stderr.isatty():
+            with Bars() as bars:
+                yield bars
+        else:
+            yield Lines()
+
+
+class Lines:
+    """One line a stage, for logs."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        print(name if total is None else f"{name} ({total})", file=sys.stderr, flush=True)
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+class Bars:
+    """One bar a stage, with an estimate of the time that remains."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = RichProgress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._finish()
+        self._bars.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self._finish()
+        self._bars.add_task(name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        if self._bars.task_ids:
+            self._bars.advance(self._bars.task_ids[-1], n)
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(f"note: {message}", markup=False, highlight=False)
+
+    def _finish(self) -> None:
+        if self._bars.tasks and not (last := self._bars.tasks[-1]).finished:
+            total = last.total or last.completed or 1
+            self._bars.update(last.id, total=total, completed=total)
+
+
+def _hush() -> None:
+    """Warnings and progress bars of the libraries off, for this process."""
+    import logging
+    import warnings
+
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def checks(rows: Sequence[Any]) -> Table:
+    """Verification, a row a check."""
+    return table(("runtime", "check", "status", "detail"), [(r.runtime, r.check, r.status, r.detail) for r in rows])
+
+
+def failures(rows: Sequence[Any]) -> None:
+    """The checks that failed, as a table on stderr; nothing when none did."""
+    if wrong := [row for row in rows if row.status == "FAILED"]:
+        Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE).print(
+            checks(wrong)
+        )
+
+
+def how_to_load(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each runtime and the one line of Python that loads the folder in it, or why it cannot."""
+    out, text = repr(str(folder)), manifest["kind"] == "causal-lm"
+    auto = "AutoModelForCausalLM" if text else "AutoModel"
+    ort = "ORTModelForCausalLM" if text else "ORTModelForFeatureExtraction"
+    lines = {"compressor": f"compressor.load({out}).model()"}
+    if "model.safetensors" in manifest["files"]:
+        lines["transformers"] = f"transformers.{auto}.from_pretrained({out}, dtype=torch.bfloat16)"
+    if "model.onnx" in manifest["files"]:
+        lines["onnxruntime"] = f"onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})"
+        lines["optimum"] = f"optimum.onnxruntime.{ort}.from_pretrained({out})"
+        if text:
+            lines["onnxruntime-genai"] = f"onnxruntime_genai.Model({out})"
+    for name, answer in manifest.get("loads_in", {}).items():
+        if name in lines and answer != "yes":
+            lines[name] = f"no: {answer}"
+    return list(lines.items())
+
+
+def show_plan(plan: Any) -> None:
+    """--dry-run: every weight, what it becomes, and the sum."""
+    title = ("weight", "shape", "becomes", "bits a weight", "bytes in bf16", "bytes after", "")
+    rows = [
+        (r.name, "x".join(map(str, r.shape)), r.action, r.bits_per_weight, r.bytes_before, r.bytes_after, r.note)
+        for r in plan.rows
+    ]
+    sums = f"{megabytes(plan.bytes_before)} in bf16 -> {megabytes(plan.bytes_after)}; nothing was written"
+    say(table(title, rows), "", sums)
+
+
+def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: Recipe) -> None:
+    """What the main job did, how to load it, and what to do next."""
+    folder, before, after = Path(result["folder"]), result["size_before"], result["size_after"]
+    text = result["calibration"]
+    status = Counter(check["status"] for check in result["checks"])
+    counts = ", ".join(f"{count} {name}" for name, count in status.items())
+    peak = f", {megabytes(result['peak_bytes'])} at its peak" if result["peak_bytes"] else ""
+    rows = [
+        ("size", f"{megabytes(before)} in bf16 -> {megabytes(after)}, {before / after:.2f}x smaller"),
+        ("bits a weight", f"{result['bits_per_weight']:.2f} with scales, for {result['coverage']:.1%} of all weights"),
+        (
+            "calibrated on",
+            f"{text['windows']} windows of {text['length']} tokens: {text['text']}" if text else "nothing",
+        ),
+        (
+            "quality",
+            quality_line(result["quality"]) if result["quality"] else "not measured; give --data or --eval-text",
+        ),
+        ("checks", counts or "none were made"),
+        ("took", f"{result['seconds']:.0f} s{peak}"),
+        ("folder", str(folder)),
+    ]
+    quoted = shlex.quote(str(folder))
+    following = [] if result["verified"] else [f"compress verify {quoted}"]
+    following.append(f"compress eval {quoted} --against {shlex.quote(str(recipe.model))} --text FILE")
+    loading = [f"{name:18} {line}" for name, line in how_to_load(folder, manifest)]
+    for title, lines in (("load it", loading), ("next", following)):
+        rows += [(title if i == 0 else "", line) for i, line in enumerate(lines)]
+    for name, value in rows:
+        say(f"{name:14} {value}")

@@ -1,0 +1,173 @@
+"""What a compressed module is: buffers plus one op call. No method knows these classes, no layer knows a method.
+
+`Packed` is the stored form (what the safetensors file holds), `build` turns it into a module. Adding a kind
+is one class here and one row in LAYERS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.kernels import activations as act
+from compressor.kernels import fp4_linear, fp8_linear, int_embedding, int_linear
+
+
+@dataclass
+class Packed:
+    """One module as stored: `kind` names the layer class, `tensors` the file's tensors, `attributes` are JSON."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def build(packed: Packed) -> QuantModule:
+    """The runnable module of one Packed, on its tensors (not copied)."""
+    return LAYERS[packed.kind](packed)
+
+
+class QuantModule(nn.Module):
+    """Buffers named as in the file. `hold_dense` trades memory for speed where weights are reused often."""
+
+    def __init__(self, packed: Packed):
+        super().__init__()
+        self.attributes = dict(packed.attributes)
+        self.in_features: int = self.attributes["in_features"]
+        self.out_features: int = self.attributes["out_features"]
+        self.padding: int = self.attributes.get("padding", 0)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
+        self.dense: Tensor | None = None
+
+    def optional(self, name: str) -> Tensor | None:
+        return self._buffers.get(name)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out_features, in_features + padding], exactly what the op multiplies with."""
+        raise NotImplementedError
+
+    def hold_dense(self, hold: bool = True) -> None:
+        self.dense = self.dequantize() if hold else None
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.attributes.items())
+
+
+class QuantLinear(QuantModule):
+    """A linear layer; y has the dtype of x and the arithmetic is float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = nn.functional.pad(x, (0, self.padding))
+        if self.dense is None:
+            return self.call(x)
+        bias = self.optional("bias")
+        y = nn.functional.linear(self.quantize_input(x), self.dense, None if bias is None else bias.float())
+        return y.to(x.dtype)
+
+    def call(self, x: Tensor) -> Tensor:
+        """The registered op on this layer's buffers."""
+        raise NotImplementedError
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """float32 values that the op multiplies the weights with."""
+        return act.quantize(x, self.attributes["activations"])
+
+
+class FP4Linear(QuantLinear):
+    def call(self, x: Tensor) -> Tensor:
+        return fp4_linear.fp4_linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.optional("weight_global_scale"),
+            self.optional("input_global_scale"),
+            self.optional("bias"),
+            self.attributes["format"],
+            self.attributes["activations"],
+            self.attributes["four_over_six"],
+        )
+
+    def dequantize(self) -> Tensor:
+        return fp4_linear.dequantize(self.weight_packed, self.weight_scale, self.optional("weight_global_scale"))
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return act.quantize(
+            x, self.attributes["activations"], self.optional("input_global_scale"), self.attributes["four_over_six"]
+        )
+
+
+class IntLinear(QuantLinear):
+    def __init__(self, packed: Packed):
+        super().__init__(packed)
+        self.stored = "weight" if self.attributes["activations"] == "int8" else "weight_packed"
+
+    def call(self, x: Tensor) -> Tensor:
+        return int_linear.int_linear(
+            x,
+            self._buffers[self.stored],
+            self.weight_scale,
+            self.optional("bias"),
+            self.attributes["bits"],
+            self.attributes["group_size"] or 0,
+            self.attributes["activations"],
+        )
+
+    def dequantize(self) -> Tensor:
+        a = self.attributes
+        return int_linear.dequantize(
+            self._buffers[self.stored], self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features + self.padding
+        )
+
+
+class FP8Linear(QuantLinear):
+    def call(self, x: Tensor) -> Tensor:
+        return fp8_linear.fp8_linear(
+            x, self.weight, self.weight_scale, self.optional("bias"), self.attributes["activations"]
+        )
+
+    def dequantize(self) -> Tensor:
+        return fp8_linear.dequantize(self.weight, self.weight_scale)
+
+
+class IntEmbedding(QuantModule):
+    """A token table [V, K]; out_features is V, in_features is K. `multiplier` scales every row (Gemma 3)."""
+
+    output_dtype = torch.float32
+
+    def forward(self, ids: Tensor) -> Tensor:
+        a = self.attributes
+        rows = int_embedding.int_embedding(
+            ids, self.weight_packed, self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features
+        )
+        return (rows * a["multiplier"]).to(self.output_dtype)
+
+    def dequantize(self) -> Tensor:
+        a = self.attributes
+        return int_linear.dequantize(
+            self.weight_packed, self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features
+        )
+
+
+LAYERS: dict[str, type[QuantModule]] = {
+    "fp4_linear": FP4Linear,
+    "int_linear": IntLinear,
+    "fp8_linear": FP8Linear,
+    "int_embedding": IntEmbedding,
+}
+
+
+def hold_dense(model: nn.Module, hold: bool = True) -> nn.Module:
+    """Keep (or drop) the dequantized float32 weights of every linear: 4 bytes a weight, several times the speed."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.hold_dense(hold)
+    return model

@@ -1,0 +1,257 @@
+"""The straight line: recipe -> model -> [calibrate -> plan -> apply] per step -> Artifact.
+
+The model that comes in is read and never changed: methods are pure and what they return lives in the Artifact,
+so the original is still there to measure against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import data as text
+from compressor import evaluate
+from compressor.artifact import Artifact
+from compressor.calibrate import calibrate
+from compressor.errors import DataError, ModelError, RecipeError
+from compressor.layers import Packed, build
+from compressor.methods.quantize import Placement
+from compressor.model import Loaded, as_loaded, linears, load_model, unaccounted
+from compressor.progress import Progress, Silent
+from compressor.recipe import Recipe, Step
+from compressor.tables import pack_tables, place_tables
+
+QUALITY_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight matrix of the plan."""
+
+    name: str
+    shape: tuple[int, ...]
+    action: str
+    bits_per_weight: float
+    bytes_before: int  # in bf16
+    bytes_after: int
+    note: str
+
+
+@dataclass
+class Plan:
+    """What a recipe will do to a model, before any calibration."""
+
+    rows: list[Row]
+    bytes_before: int = field(init=False)
+    bytes_after: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bytes_before = sum(r.bytes_before for r in self.rows)
+        self.bytes_after = sum(r.bytes_after for r in self.rows)
+
+
+def compress(
+    model: nn.Module | str | Path | None,
+    recipe: Recipe | str | Path,
+    *,
+    tokenizer: Any | None = None,
+    data: str | Path | None = None,
+    quality_text: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress = Silent(),
+) -> Artifact:
+    """Compress a language model or encoder.
+
+    model         a transformers model (left unchanged), or a folder, hub id, .gguf file or demo name; None takes
+                  the recipe's own
+    data          calibration text: a file, a hub dataset id, or None for the recipe's, else for shipped prose
+    quality_text  text to measure before and after on; by default the part of `data` that calibration left over
+    Raises RecipeError, ModelError, DataError, NumericsError.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    progress.stage("load")
+    loaded = _load(model, recipe, tokenizer, device)
+    placed = _place(loaded.model, recipe)
+    torch.manual_seed(recipe.seed)
+
+    source = data if data is not None else recipe.calibration.data
+    content, described = text.text_of(source)
+    if source is None:
+        progress.note(described)
+    count, length = recipe.calibration.windows, recipe.calibration.length
+    windows = _windows(loaded, content, count, length)
+
+    layers = linears(loaded.model)
+    packed: dict[str, Packed] = {}
+    details: dict[str, dict[str, Any]] = {}
+    for number, step in enumerate(recipe.steps, 1):
+        names = {n: layers[n] for n, (owner, place) in placed.items() if owner is step and place.kept is None}
+        needs = step.options.needs()
+        calibration = calibrate(loaded.model, windows, needs, set(names), progress) if needs else None
+        if calibration is not None and calibration.unseen:
+            progress.note(
+                f"{len(calibration.unseen)} layers saw no calibration token and use unweighted scales: "
+                f"{', '.join(calibration.unseen[:3])}"
+            )
+        progress.stage(f"{step.method} {number}/{len(recipe.steps)}", len(names))
+        for name, plan in step.options.plan(names, calibration).items():
+            packed[name] = step.options.apply(names[name], plan)
+            details[name] = _detail(names[name], packed[name], plan.placement)
+            progress.advance()
+
+    progress.stage("tables")
+    tables = pack_tables(loaded.model, recipe)
+    packed |= tables.packed
+    kept, tied = _kept(loaded.model, packed, tables.dtypes, tables.tied)
+    artifact = Artifact(
+        config=loaded.model.config,
+        kind=loaded.kind,
+        tokenizer=loaded.tokenizer,
+        recipe=recipe.model_copy(update={"model": loaded.source}),
+        packed=packed,
+        kept=kept,
+        tied=tied,
+        generation_config=getattr(loaded.model, "generation_config", None),
+        record={
+            "model": loaded.source,
+            "calibration": {"text": described, "windows": len(windows), "length": length},
+            "layers": details,
+            "kept": {n: p.kept for n, (_, p) in placed.items() if p.kept}
+            | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
+        },
+    )
+    measured = _quality_windows(loaded, content if source is not None else None, quality_text, len(windows), length)
+    if measured is not None:
+        artifact.record["quality"] = _quality(loaded, artifact, measured, progress)
+    return artifact
+
+
+def plan_of(model: nn.Module | str | Path | None, recipe: Recipe, *, device: str = "cpu") -> Plan:
+    """Every weight matrix, what happens to it and the bytes it will take. No calibration text is read."""
+    loaded = _load(model, recipe, None, device)
+    rows = []
+    shapes = {n: tuple(m.weight.shape) for n, m in linears(loaded.model).items()}
+    placed = [(n, shapes[n], p) for n, (_, p) in _place(loaded.model, recipe).items()]
+    placed += [(n, shape, p) for n, (shape, p) in place_tables(loaded.model, recipe).placements.items()]
+    for name, shape, place in placed:
+        weights = shape[0] * shape[1]
+        after = place.size_bytes or weights * 2
+        action = place.kept or (place.format or "") + (f" g{place.group_size}" if place.group_size else "")
+        rows.append(Row(name, shape, action, after * 8 / weights, weights * 2, after, place.note))
+    return Plan(rows)
+
+
+def _load(model: nn.Module | str | Path | None, recipe: Recipe, tokenizer: Any, device: str) -> Loaded:
+    if isinstance(model, nn.Module):
+        return as_loaded(model, tokenizer)
+    return load_model(model if model is not None else recipe.model, device)
+
+
+def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Placement]]:
+    """The step that takes each linear, and what it will do. Raises RecipeError and ModelError for what nobody takes."""
+    layers = linears(model)
+    placed: dict[str, tuple[Step | None, Placement]] = {}
+    misfits: list[str] = []
+    for number, step in enumerate(recipe.steps, 1):
+        where = f"step {number} ({step.method})"
+        for pattern in step.targets:
+            if not any(fnmatchcase(n, pattern) for n in layers):
+                raise RecipeError(f"{where}: target '{pattern}' matches no linear of this model; names look like {', '.join(list(layers)[:3])}.")
+        for name, layer in layers.items():
+            if not any(fnmatchcase(name, p) for p in step.targets):
+                continue
+            if any(fnmatchcase(name, p) for p in step.ignore):
+                placed.setdefault(name, (None, Placement(kept=f"{where}: ignore")))
+                continue
+            if name in placed and placed[name][0] is not None:
+                raise RecipeError(f"{where}: {name} is already compressed by an earlier step; add it to this step's ignore.")
+            place = step.options.place(*layer.weight.shape)
+            if place.kept and step.options.on_misfit != "keep":
+                misfits.append(f"{name}: {place.kept}")
+            placed[name] = (step, place)
+        if misfits:
+            raise RecipeError(f"{where}: {len(misfits)} layers cannot be stored this way ({misfits[0]}); set on_misfit: pad or on_misfit: keep.")
+    for name in layers:
+        placed.setdefault(name, (None, Placement(kept="in no step's targets")))
+    if left := unaccounted(model, {f"{n}.weight" for n in layers}):
+        listed = ", ".join(f"{n} {list(shape)}" for n, shape in left[:5])
+        raise ModelError(
+            f"{len(left)} large weights would stay uncompressed and no rule of the recipe says so: {listed}"
+            f"{', …' if len(left) > 5 else ''}; this version compresses linears only."
+        )
+    return placed
+
+
+def _windows(loaded: Loaded, content: str, count: int, length: int) -> Tensor:
+    if loaded.tokenizer is None:
+        raise DataError("calibration text needs the model's tokenizer; pass tokenizer=….")
+    return text.windows(loaded.tokenizer, content, count, length)
+
+
+def _quality_windows(
+    loaded: Loaded, content: str | None, quality_text: str | Path | None, used: int, length: int
+) -> Tensor | None:
+    """Held-out windows: of the text that was asked for, else what calibration left of its own."""
+    if quality_text is not None:
+        return _windows(loaded, text.text_of(quality_text)[0], QUALITY_WINDOWS, length)
+    if content is None:
+        return None
+    rest = _windows(loaded, content, used + QUALITY_WINDOWS, length)[used:]
+    return rest if len(rest) else None
+
+
+def _quality(loaded: Loaded, artifact: Artifact, windows: Tensor, progress: Progress) -> dict[str, Any]:
+    original = evaluate.torch_runner(loaded.model)
+    compressed = evaluate.torch_runner(artifact.model(dense=True))
+    compare = evaluate.compare_encoders if loaded.kind == "encoder" else evaluate.compare
+    return compare(compressed, windows, original, progress=progress)
+
+
+def _detail(layer: nn.Linear, packed: Packed, place: Placement) -> dict[str, Any]:
+    module = build(packed)
+    weight = layer.weight.detach().float()
+    error = (module.dequantize()[:, : weight.shape[1]] - weight).norm() / weight.norm().clamp_min(1e-30)
+    bits = 8 * sum(t.numel() * t.element_size() for n, t in packed.tensors.items() if n.startswith("weight_") or n == "weight")
+    return {
+        "format": place.format,
+        "group_size": place.group_size,
+        "padding": place.padding,
+        "bits_per_weight": round(bits / weight.numel(), 4),
+        "relative_error": round(error.item(), 6),
+    } | ({"note": place.note} if place.note else {})
+
+
+def _kept(
+    model: nn.Module, packed: dict[str, Packed], dtypes: dict[str, torch.dtype], tied: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor that is not packed, in the dtype it is stored in, and the aliases among all of them.
+
+    Tensors without a chosen dtype are stored in bf16 where that loses nothing, else as they were loaded.
+    """
+    inside = tuple(f"{name}." for name in packed)
+    kept: dict[str, Tensor] = {}
+    aliases = dict(tied)
+    owner: dict[int, str] = {}
+    table_first = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: (item[0] not in dtypes, item[0]))
+    for name, tensor in table_first:
+        if name.startswith(inside):
+            continue
+        if id(tensor) in owner:
+            aliases[name] = owner[id(tensor)]
+            continue
+        if name in aliases:
+            continue
+        owner[id(tensor)] = name
+        value = tensor.detach()
+        if name in dtypes:
+            value = value.to(dtypes[name])
+        elif value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
+            value = value.bfloat16()
+        kept[name] = value.contiguous()
+    return kept, aliases

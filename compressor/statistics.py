@@ -1,0 +1,91 @@
+"""Running reductions over the inputs of a layer: constant memory, associative merge, no activation is kept.
+
+    s = ChannelSquare.start(K); s.add(x) for every x [T, K]; s.merge(other); s.value()
+
+Cutting the tokens anywhere and merging the parts in any order gives the same value (sums to float64 rounding,
+maxima exactly), so calibration over many machines is one all-reduce. A new reduction (a Gram matrix [K, K], a
+quantile, …) is one more subclass: calibration only knows these four verbs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """`x` is [T, K] of any float dtype and device; the state lives on the CPU."""
+
+    tokens: int = 0  # T seen so far
+
+    @classmethod
+    @abstractmethod
+    def start(cls, features: int) -> Self:
+        """Nothing seen yet, K = features."""
+
+    @abstractmethod
+    def add(self, x: Tensor) -> None:
+        """Take T more tokens."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take everything that `other` has seen; `other` stays as it is."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The reduction, float32. Raises ValueError when no token was seen: there is no neutral answer."""
+
+    def _require_tokens(self) -> None:
+        if not self.tokens:
+            raise ValueError(f"{type(self).__name__} has seen no token")
+
+
+class ChannelSquare(Statistic):
+    """Mean of x² per channel, [K]: the diagonal of XᵀX / T."""
+
+    def __init__(self, features: int):
+        self.total = torch.zeros(features, dtype=torch.float64)
+
+    @classmethod
+    def start(cls, features: int) -> Self:
+        return cls(features)
+
+    def add(self, x: Tensor) -> None:
+        self.total += x.float().square().sum(0, dtype=torch.float64).cpu()
+        self.tokens += len(x)
+
+    def merge(self, other: Self) -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def value(self) -> Tensor:
+        self._require_tokens()
+        return (self.total / self.tokens).float()
+
+
+class AbsMax(Statistic):
+    """Largest |x| over all channels, a scalar []."""
+
+    def __init__(self) -> None:
+        self.top = torch.zeros(())
+
+    @classmethod
+    def start(cls, features: int) -> Self:
+        return cls()
+
+    def add(self, x: Tensor) -> None:
+        if len(x):
+            low, high = x.aminmax()
+            self.top = torch.maximum(self.top, torch.maximum(-low, high).float().cpu())
+            self.tokens += len(x)
+
+    def merge(self, other: Self) -> None:
+        self.top = torch.maximum(self.top, other.top)
+        self.tokens += other.tokens
+
+    def value(self) -> Tensor:
+        self._require_tokens()
+        return self.top.clone()

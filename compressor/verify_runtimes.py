@@ -1,0 +1,266 @@
+"""The checks of one runtime, run as `python -m compressor.verify_runtimes NAME FOLDER SCRATCH RESULT`.
+
+`verify` starts one process per runtime so that each loads the folder from disk on its own. The torch process
+runs first and leaves its reference outputs in SCRATCH for the others; RESULT is a JSON list of checks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.artifact import Artifact
+from compressor.data import text_of, windows
+from compressor.errors import CompressorError
+from compressor.folder import load
+from compressor.layers import QuantLinear, QuantModule, build
+from compressor.verify import FAILED, OK, Check, relative
+
+PROMPT_TOKENS = 48
+GREEDY_TOKENS = 64
+SHORT_GREEDY = 16
+NODE_TOLERANCE = 1e-4  # one op, equal float32 input: only the order of sums differs
+GRAPH_TOLERANCE = 1e-3  # whole model in float32
+BF16_TOLERANCE = 3e-2  # whole model, transformers in bf16
+NOISE_FACTOR = 3.0  # a correct runtime stays within a few times the model's own rounding noise
+
+
+def prompt(artifact: Artifact) -> Tensor:
+    """Token ids [1, PROMPT_TOKENS] of shipped prose."""
+    return windows(artifact.tokenizer, text_of(None)[0], 1, PROMPT_TOKENS)
+
+
+def rounds_activations(artifact: Artifact) -> bool:
+    return any(p.attributes.get("activations", "none") != "none" for p in artifact.packed.values())
+
+
+def without_activation_rounding(model: torch.nn.Module) -> torch.nn.Module:
+    """Switch activation quantization off in place: same weights, smooth arithmetic."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.attributes["activations"] = "none"
+    return model
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean KL(reference ‖ other) over positions of logits [1, L, V]; for hidden states, 1 - mean cosine."""
+    a, b = torch.from_numpy(reference).double(), torch.from_numpy(other).double()
+    if a.shape[-1] < 2:
+        return 0.0
+    p, q = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _output(model: torch.nn.Module, ids: Tensor) -> np.ndarray:
+    from compressor.evaluate import torch_runner
+
+    return torch_runner(model)(ids).numpy()
+
+
+def check_torch(folder: Path, scratch: Path) -> list[Check]:
+    """compressor.load: leaves the reference of the other runtimes, and the model's own rounding noise."""
+    from compressor.runtimes import torch_greedy
+
+    artifact = load(folder)
+    ids = prompt(artifact)
+    model = artifact.model(dense=True)
+    reference = {"deployed": _output(model, ids)}
+    rows = [Check("torch", "load", OK, f"{len(artifact.packed)} compressed modules")]
+    if not np.isfinite(reference["deployed"]).all():
+        return [Check("torch", "logits", FAILED, "NaN or Inf")]
+    noise = 0.0
+    if rounds_activations(artifact):
+        exact = artifact.model(dense=True)
+        for module in exact.modules():
+            if isinstance(module, QuantLinear) and module.dense is not None:
+                module.dense = module.dense.double()
+        noise = divergence(reference["deployed"], _output(exact, ids))
+        rows.append(Check("torch", "rounding noise", OK, f"KL {noise:.1e} between float32 and float64 sums"))
+        model = without_activation_rounding(model)
+    reference["smooth"] = _output(model, ids)
+    if artifact.kind == "causal-lm":
+        with torch.inference_mode():
+            first = model(input_ids=ids[:, :-1], use_cache=True)
+            step = model(input_ids=ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        found = relative(step.logits[:, -1].float().numpy(), reference["smooth"][:, -1])
+        rows.append(_within("torch", "cached decode", found, GRAPH_TOLERANCE))
+        reference["greedy"] = np.array(torch_greedy(model, ids, GREEDY_TOKENS))
+    np.savez(scratch / "reference.npz", noise=noise, ids=ids.numpy(), **reference)
+    return rows
+
+
+def check_onnxruntime(folder: Path, scratch: Path) -> list[Check]:
+    """Node by node on the node's own input, then the whole graph and its cache without activation rounding."""
+    from compressor.exporters.onnx_graph import compressed_nodes, smooth_graph
+    from compressor.runtimes import OnnxSession, expose, read_graph
+
+    artifact = load(folder)
+    reference = np.load(scratch / "reference.npz")
+    ids = torch.from_numpy(reference["ids"])
+    graph = read_graph(folder)
+    nodes = compressed_nodes(graph, artifact.packed)  # module -> (input name, output name)
+    missing = sorted(set(artifact.packed) - set(nodes))
+    if missing:
+        return [Check("onnxruntime", "nodes", FAILED, f"no node for {', '.join(missing[:3])}")]
+    expose(graph, [name for pair in nodes.values() for name in pair if name not in {i.name for i in graph.graph.input}])
+    session = OnnxSession(folder, graph)
+    feeds = {"input_ids": ids.numpy()}
+    outputs = {**feeds, **session.run(ids)}
+    del session
+    rows, worst, where = [], 0.0, ""
+    for name, (source, target) in nodes.items():
+        with torch.inference_mode():
+            module: QuantModule = build(artifact.packed[name])
+            expected = module(torch.from_numpy(outputs[source])).numpy()
+        error = relative(outputs[target].reshape(expected.shape), expected)
+        if error > NODE_TOLERANCE:
+            rows.append(Check("onnxruntime", name, FAILED, f"differs by {error:.1e} from our op on the same input"))
+        if error >= worst:
+            worst, where = error, name
+    if not rows:
+        rows.append(Check("onnxruntime", "nodes", OK, f"{len(nodes)} nodes, worst {worst:.1e} ({where})"))
+    noise = float(reference["noise"])
+    if rounds_activations(artifact):
+        rows.append(_noise("onnxruntime", reference["deployed"], outputs[_result(outputs)], noise))
+    smooth = OnnxSession(folder, smooth_graph(read_graph(folder)) if rounds_activations(artifact) else None)
+    view = " without activation rounding" if rounds_activations(artifact) else ""
+    logits, _ = smooth.prefill(ids)
+    rows.append(_within("onnxruntime", f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE))
+    if artifact.kind == "causal-lm":
+        half = ids.shape[1] // 2
+        _, past = smooth.prefill(ids[:, :half])
+        rest, _ = smooth.prefill(ids[:, half:], past)
+        found = relative(rest.numpy(), reference["smooth"][:, half:])
+        rows.append(_within("onnxruntime", f"cached decode{view}", found, GRAPH_TOLERANCE))
+        rows.append(_tokens("onnxruntime", f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist()))
+    return rows
+
+
+def check_optimum(folder: Path, scratch: Path) -> list[Check]:
+    """The folder in optimum's classes gives what the graph gives."""
+    from transformers import AutoTokenizer
+
+    from compressor.runtimes import OnnxSession
+
+    artifact = load(folder)
+    ids = prompt(artifact)
+    session = OnnxSession(folder)
+    rows = [_same_tokens("optimum", artifact, lambda t: AutoTokenizer.from_pretrained(folder)(t)["input_ids"])]
+    if artifact.kind == "encoder":
+        from optimum.onnxruntime import ORTModelForFeatureExtraction
+
+        model = ORTModelForFeatureExtraction.from_pretrained(folder)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        found = relative(output.numpy(), session.prefill(ids)[0].numpy())
+        return [*rows, _within("optimum", "hidden states", found, GRAPH_TOLERANCE)]
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=SHORT_GREEDY, min_new_tokens=SHORT_GREEDY, num_beams=1)
+    return [*rows, _tokens("optimum", "greedy", tokens[0, ids.shape[1] :].tolist(), session.greedy(ids, SHORT_GREEDY))]
+
+
+def check_genai(folder: Path, scratch: Path) -> list[Check]:
+    """The folder in onnxruntime-genai: tokenizer and greedy tokens."""
+    import onnxruntime_genai as genai
+
+    from compressor.runtimes import OnnxSession
+
+    artifact = load(folder)
+    ids = prompt(artifact)
+    model = genai.Model(str(folder))
+    tokenizer = genai.Tokenizer(model)
+    rows = [_same_tokens("onnxruntime-genai", artifact, lambda t: tokenizer.encode(t).tolist(), special=False)]
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=ids.shape[1] + SHORT_GREEDY, min_length=ids.shape[1] + SHORT_GREEDY)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    tokens = generator.get_sequence(0)[ids.shape[1] :].tolist()
+    return [*rows, _tokens("onnxruntime-genai", "greedy", tokens, OnnxSession(folder).greedy(ids, len(tokens)))]
+
+
+def check_transformers(folder: Path, scratch: Path) -> list[Check]:
+    """AutoModel.from_pretrained through compressed-tensors: the same weights bit for bit, the same logits in bf16."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from compressor.exporters.hf_config import decompressed
+
+    artifact = load(folder)
+    reference = np.load(scratch / "reference.npz")
+    ids = torch.from_numpy(reference["ids"])
+    rows = [_same_tokens("transformers", artifact, lambda t: AutoTokenizer.from_pretrained(folder)(t)["input_ids"])]
+    wrong = []
+    for name, weight in decompressed(folder, artifact):
+        ours = build(artifact.packed[name]).dequantize()
+        if not torch.equal(weight.float(), ours):
+            wrong.append(name)
+    detail = f"{', '.join(wrong[:3])} differ" if wrong else f"{len(artifact.packed)} modules bit for bit"
+    rows.append(Check("transformers", "decompressed weights", FAILED if wrong else OK, detail))
+    auto = AutoModel if artifact.kind == "encoder" else AutoModelForCausalLM
+    found = _output(auto.from_pretrained(folder, dtype=torch.bfloat16).eval(), ids)
+    if rounds_activations(artifact):
+        own = _output(artifact.model(torch.bfloat16), ids)
+        noise = max(float(reference["noise"]), divergence(reference["deployed"], own))
+        rows.append(_noise("transformers", reference["deployed"], found, noise))
+    else:
+        rows.append(_within("transformers", "logits in bf16", relative(found, reference["deployed"]), BF16_TOLERANCE))
+    return rows
+
+
+def _within(runtime: str, check: str, found: float, allowed: float) -> Check:
+    return Check(runtime, check, OK if found <= allowed else FAILED, f"{found:.1e} of the largest value, allowed {allowed:.0e}")
+
+
+def _noise(runtime: str, expected: np.ndarray, found: np.ndarray, noise: float) -> Check:
+    distance = divergence(expected, found) if np.isfinite(found).all() else float("inf")
+    status = OK if distance <= NOISE_FACTOR * noise + 1e-3 else FAILED
+    return Check(runtime, "as deployed", status, f"KL {distance:.1e} to torch, rounding noise {noise:.1e}")
+
+
+def _tokens(runtime: str, check: str, found: list[int], expected: list[int]) -> Check:
+    same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    status = OK if found == expected else FAILED
+    return Check(runtime, check, status, f"{same} of {len(expected)} tokens equal")
+
+
+def _same_tokens(runtime: str, artifact: Artifact, encode: Callable[[str], list[int]], special: bool = True) -> Check:
+    from compressor.exporters.tokenizer_files import PROBE
+
+    expected = artifact.tokenizer(PROBE, add_special_tokens=special)["input_ids"]
+    found = list(encode(PROBE))
+    detail = f"{len(expected)} tokens" if found == expected else f"{len(found)} tokens, expected {len(expected)}"
+    return Check(runtime, "tokenizer", OK if found == expected else FAILED, detail)
+
+
+def _result(outputs: dict[str, np.ndarray]) -> str:
+    return "logits" if "logits" in outputs else "last_hidden_state"
+
+
+CHECKS = {
+    "torch": check_torch,
+    "onnxruntime": check_onnxruntime,
+    "optimum": check_optimum,
+    "onnxruntime-genai": check_genai,
+    "transformers": check_transformers,
+}
+
+
+def main(name: str, folder: str, scratch: str, result: str) -> None:
+    try:
+        rows = CHECKS[name](Path(folder), Path(scratch))
+    except CompressorError as error:
+        rows = [Check(name, "load", FAILED, str(error))]
+    Path(result).write_text(json.dumps([asdict(r) for r in rows]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,240 @@
+"""config.json: the model's own config, how its weights are stored in the compressed-tensors dialect, and what that lacks.
+
+    quantization_config   what transformers, vLLM and other readers of the dialect follow
+    compressor            kind and attributes of every compressed module, from which we rebuild them
+
+Where a module cannot be said in the dialect, `quantization_config` is one that every reader refuses with the reason:
+an unknown `quant_method` would only be a warning, and the model would run on random weights. Readers of other model
+classes than the one exported are left out. docs/transformers.md says what loads where.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.layers import LAYERS, Packed
+
+if TYPE_CHECKING:
+    from compressor.artifact import Artifact
+
+SECTION = "compressor"
+SECTION_FORMAT = 1
+
+E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
+# A runtime rounds block scales to `scale_dtype` only when it is named.
+_FP4 = {
+    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": E4M3},
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": E8M0},
+}
+_ACTIVATIONS = {
+    "nvfp4": _FP4["nvfp4"] | {"dynamic": "local"},  # block scales on the fly, one stored global scale
+    "mxfp4": _FP4["mxfp4"] | {"dynamic": True},
+    "int8": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+}
+
+
+def export(artifact: Artifact, folder: Path) -> list[Path]:
+    """Write config.json and, for a model that has one, generation_config.json."""
+    files = [_write(folder / "config.json", config_of(artifact))]
+    if artifact.generation_config is not None:
+        text = artifact.generation_config.to_json_string(use_diff=True)
+        files.append(_write(folder / "generation_config.json", json.loads(text)))
+    return files
+
+
+def config_of(artifact: Artifact) -> dict[str, Any]:
+    """The content of config.json."""
+    stock = _stock_model(artifact)
+    config = json.loads(artifact.config.to_json_string(use_diff=True))
+    for name in ("_name_or_path", "torch_dtype", "quantization_config", SECTION):
+        config.pop(name, None)
+    config |= _rope_for_transformers_4(config)
+    config["architectures"] = config.get("architectures") or [type(stock).__name__]
+    config["dtype"] = "bfloat16"
+    if artifact.packed:
+        reason = _reason(artifact, stock)
+        config["quantization_config"] = _refusal(reason) if reason else _dialect(artifact.packed, stock)
+        config[SECTION] = _section(artifact)
+    return config
+
+
+def loads_in(artifact: Artifact) -> dict[str, str]:
+    """{"transformers": "yes", or what a user of transformers should know instead}."""
+    if reason := _reason(artifact, _stock_model(artifact)):
+        return {"transformers": f"no: {reason}"}
+    if any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
+        return {"transformers": "with activations rounded by abs-max instead of four-over-six"}
+    return {"transformers": "yes"}
+
+
+def expressible(packed: Packed) -> str | None:
+    """None, or why the compressed-tensors dialect has no words for this module."""
+    if packed.kind == "int_embedding":
+        return "a quantized embedding is not loaded by transformers"
+    if packed.kind not in ("fp4_linear", "int_linear", "fp8_linear"):
+        return f"no format of the dialect stores a {packed.kind}"
+    if packed.attributes.get("padding"):
+        return f"its input is padded by {packed.attributes['padding']}, which the dialect cannot say"
+    return None
+
+
+def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
+    """The compressed modules of a folder, by module name.
+
+    config   the JSON of config.json;  tensors   every stored tensor by name, aliases included
+    Raises ModelError when the section is missing or damaged, or a tensor is absent.
+    """
+    section = config.get(SECTION)
+    if section is None:
+        if "quantization_config" in config:
+            raise ModelError(f"config.json has no '{SECTION}' section, so the folder was not written by compressor.")
+        return {}
+    if not isinstance(section, dict) or section.get("format") != SECTION_FORMAT:
+        raise ModelError(f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT}; use the version that wrote it.")
+    found = {}
+    try:
+        for group in section["modules"]:
+            if group["kind"] not in LAYERS:
+                raise ModelError(f"config.json: unknown kind '{group['kind']}'; known: {', '.join(LAYERS)}.")
+            for name in group["names"]:
+                own = {leaf: tensors[f"{name}.{leaf}"] for leaf in group["tensors"]}
+                found[name] = Packed(group["kind"], own, dict(group["attributes"]))
+    except KeyError as error:
+        raise ModelError(f"config.json and the weight file do not belong together: {error} is missing; write the folder again.") from None
+    return dict(sorted(found.items()))
+
+
+def decompressed(folder: Path, artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
+    """(module name, weight) as compressed-tensors' own decompressor gives them for this folder, at full precision."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    from compressor.exporters.safetensors_file import read
+
+    tensors = read(folder)
+    raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    groups = list(QuantizationConfig.model_validate(raw).config_groups.values())
+    for name, packed in artifact.packed.items():
+        scheme = next(g for g in groups if name in g.targets or g.targets == ["Linear"])
+        stored = {leaf: tensors[f"{name}.{leaf}"] for leaf in packed.tensors}
+        if packed.kind != "fp4_linear":  # the result has the dtype of the scale, which a float32 load makes float32
+            stored["weight_scale"] = stored["weight_scale"].float()
+        yield name, BaseCompressor.get_value_from_registry(scheme.format).decompress(stored, scheme)["weight"]
+
+
+def _reason(artifact: Artifact, stock: nn.Module) -> str | None:
+    """Why stock transformers cannot load this model, or None."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, packed in artifact.packed.items():
+        if why := expressible(packed):
+            return f"{name}: {why}"
+    modules = dict(stock.named_modules())
+    if name := next((n for n, m in modules.items() if isinstance(m, Conv1D)), None):
+        return f"{name} is a Conv1D, which the dialect does not cover; it is stored as a linear"
+    if name := next((n for n in artifact.packed if not isinstance(modules.get(n), nn.Linear)), None):
+        return f"{name} is not a linear of {type(stock).__name__}"
+    return None
+
+
+def _stock_model(artifact: Artifact) -> nn.Module:
+    """The model that transformers builds from the config, on the meta device."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModel if artifact.kind == "encoder" else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        return auto.from_config(type(artifact.config).from_dict(artifact.config.to_dict()))
+
+
+def _dialect(packed: Mapping[str, Packed], stock: nn.Module) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name in sorted(packed):
+        scheme = _scheme(packed[name])
+        groups.setdefault(json.dumps(scheme), {"targets": [], **scheme})["targets"].append(name)
+    ignore = [n for n, m in stock.named_modules() if isinstance(m, nn.Linear) and n not in packed]
+    if len(groups) == 1 and len(ignore) <= len(packed):
+        next(iter(groups.values()))["targets"] = ["Linear"]
+    formats = {g["format"] for g in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": {f"group_{i}": g for i, g in enumerate(groups.values())},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _scheme(packed: Packed) -> dict[str, Any]:
+    a = packed.attributes
+    if packed.kind == "fp4_linear":
+        weights, file_format = _FP4[a["format"]], f"{a['format']}-pack-quantized"
+    elif packed.kind == "fp8_linear":
+        weights, file_format = {"num_bits": 8, "type": "float", "strategy": "channel"}, "float-quantized"
+    else:
+        group = {"strategy": "group", "group_size": a["group_size"]} if a["group_size"] else {"strategy": "channel"}
+        weights = {"num_bits": a["bits"], "type": "int", **group}
+        file_format = "int-quantized" if "weight" in packed.tensors else "pack-quantized"
+    rule = a["activations"]
+    return {
+        "weights": weights | {"symmetric": True, "dynamic": False},
+        "input_activations": None if rule == "none" else _ACTIVATIONS[rule] | {"symmetric": True},
+        "output_activations": None,
+        "format": file_format,
+    }
+
+
+def _refusal(reason: str) -> dict[str, Any]:
+    """A config that readers cannot follow: the group's name is looked up as a preset and ends up in their error."""
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "dense",
+        "config_groups": {f"none; open this folder with compressor.load, because {reason}": ["Linear"]},
+        "ignore": [],
+    }
+
+
+def _section(artifact: Artifact) -> dict[str, Any]:
+    modules: dict[str, dict[str, Any]] = {}
+    for name in sorted(artifact.packed):
+        packed = artifact.packed[name]
+        group = {"kind": packed.kind, "attributes": packed.attributes, "tensors": sorted(packed.tensors)}
+        modules.setdefault(json.dumps(group, sort_keys=True), {**group, "names": []})["names"].append(name)
+    return {"format": SECTION_FORMAT, "modules": list(modules.values()), "tied": dict(sorted(artifact.tied.items()))}
+
+
+def _rope_for_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 moved rotary settings into `rope_parameters`; version 4 ignores that key and takes its defaults
+    in silence, so they are written under their old names as well, which version 5 reads alike."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    main = rope.get("full_attention", rope)
+    if not isinstance(main, dict) or "rope_theta" not in main:
+        return {}
+    theta, share = main["rope_theta"], main.get("partial_rotary_factor")
+    old: dict[str, Any] = {"rope_theta": theta}
+    if "sliding_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if share is not None:
+        old["partial_rotary_factor"] = share
+    if config.get("model_type") == "gpt_neox":
+        old |= {"rotary_emb_base": theta} | ({"rotary_pct": share} if share is not None else {})
+    if main.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    return old
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,382 @@
+"""The custom ops of the ONNX graph: one node per compressed module, each with a body of standard ops.
+
+A node `ai.compressor::FP4Linear` carries what a kernel must know as attributes. A kernel library that registers the
+op takes the node; without one the runtime inlines the body, a model-local function. Bodies are specialised: a
+function's `overload` names the attribute values and optional inputs it was written for, so a body has no dead
+branches, and nodes that agree share one. Weight-only integers go to the stock com.microsoft::MatMulNBits, whose
+layout is the stored one; IntLinear takes the widths that it cannot read.
+
+Bodies use opset 21 and neither bfloat16 nor FLOAT4E2M1 (CPU runtimes lack them): FP4 codes are looked up in a table
+of 16. They follow `kernels/*.py` operation by operation, so the quantized activations have the same bits.
+What is left out: which tensor of the file an input is (onnx_graph.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.kernels.codec import E2M1_MAX, E2M1_VALUES, E4M3_MAX
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "ai.compressor"
+VERSION = 1
+OPSET = 21
+STOCK_DOMAIN = "com.microsoft"
+STOCK_BLOCKS = (256, 128, 64, 32, 16)  # block sizes that MatMulNBits reads
+FLOAT, INT8, INT32, FLOAT8E4M3FN = 1, 3, 6, 17  # onnx.TensorProto
+
+INPUTS = {
+    "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
+    "IntLinear": ("x", "weight", "weight_scale", "bias"),
+    "FP8Linear": ("x", "weight", "weight_scale", "bias"),
+    "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
+}
+ATTRIBUTES = {
+    "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
+    "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
+    "FP8Linear": ("activations",),
+    "IntEmbedding": ("bits", "group_size", "in_features"),
+}
+TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]
+OPTIONAL = {"weight_global_scale", "input_global_scale", "bias"}
+
+
+# --- bodies -----------------------------------------------------------------------------------------
+
+
+class Body:
+    """The nodes of a body while they are written: `op.Mul(a, 2.0)`; Python and numpy operands become constants."""
+
+    def __init__(self) -> None:
+        import onnx_ir as ir
+
+        self.ir = ir
+        self.nodes: list[ir.Node] = []
+
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        def add(*inputs: Any, **attributes: Any) -> ir.Value:
+            values = [v if v is None or isinstance(v, self.ir.Value) else self.constant(v) for v in inputs]
+            node = self.ir.node(op_type, values, attributes)
+            self.nodes.append(node)
+            return node.outputs[0]
+
+        return add
+
+    def constant(self, value: Any) -> ir.Value:
+        """Python floats become float32 and ints int64; arrays keep their dtype."""
+        if not isinstance(value, np.ndarray):
+            first = value[0] if isinstance(value, (list, tuple)) else value
+            value = np.array(value, np.float32 if isinstance(first, float) else np.int64)
+        node = self.ir.node("Constant", [], {"value": self.ir.tensor(value)})
+        self.nodes.append(node)
+        return node.outputs[0]
+
+
+def _blocks(op: Body, values: ir.Value, size: int) -> ir.Value:
+    return op.Reshape(values, [0, -1, size])
+
+
+def _flat(op: Body, values: ir.Value) -> ir.Value:
+    return op.Reshape(values, [0, -1])
+
+
+def _lanes(op: Body, packed: ir.Value, bits: int) -> ir.Value:
+    """uint8 [N, bytes] -> uint8 [N, bytes * 8 / bits], the lowest bits first."""
+    mask = np.array((1 << bits) - 1, np.uint8)
+    shifts = [np.array(s, np.uint8) for s in range(0, 8, bits)]
+    lanes = [op.BitwiseAnd(op.BitShift(packed, s, direction="RIGHT"), mask) for s in shifts]
+    return _flat(op, op.Concat(*[op.Unsqueeze(lane, [-1]) for lane in lanes], axis=-1))
+
+
+def _matmul(op: Body, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return y if bias is None else op.Add(y, bias)
+
+
+def _round_e2m1(op: Body, x: ir.Value) -> ir.Value:
+    magnitude = op.Min(op.Abs(x), E2M1_MAX)
+    step = op.Where(op.Less(magnitude, 2.0), 0.5, op.Where(op.Less(magnitude, 4.0), 1.0, 2.0))
+    return op.Mul(op.Mul(op.Round(op.Div(magnitude, step)), step), op.Sign(x))
+
+
+def _to_e4m3(op: Body, x: ir.Value) -> ir.Value:
+    """Rounded to the E4M3 grid, as float32."""
+    return op.Cast(op.Cast(op.Clip(x, -E4M3_MAX, E4M3_MAX), to=FLOAT8E4M3FN), to=FLOAT)
+
+
+def _amax(op: Body, x: ir.Value) -> ir.Value:
+    return op.ReduceMax(op.Abs(x), [-1], keepdims=1)
+
+
+def _with_blocks(op: Body, x: ir.Value, size: int, rule: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """Apply `rule` to x [..., K] seen as [tokens * K / size, size]."""
+    return op.Reshape(rule(op.Reshape(x, [-1, size])), op.Shape(x))
+
+
+def _nvfp4(op: Body, x: ir.Value, global_scale: ir.Value, four_over_six: bool) -> ir.Value:
+    def scaled(blocks: ir.Value, amax: ir.Value, top: float) -> ir.Value:
+        scale = _to_e4m3(op, op.Mul(global_scale, op.Div(amax, top)))
+        step = op.Div(op.Where(op.Equal(scale, 0.0), 0.125, scale), global_scale)
+        return op.Mul(_round_e2m1(op, op.Div(blocks, step)), step)
+
+    def error(blocks: ir.Value, quantized: ir.Value) -> ir.Value:
+        return op.ReduceSumSquare(op.Sub(quantized, blocks), [-1], keepdims=1)
+
+    def rule(blocks: ir.Value) -> ir.Value:
+        amax = _amax(op, blocks)
+        six = scaled(blocks, amax, E2M1_MAX)
+        if not four_over_six:
+            return six
+        four = scaled(blocks, amax, 4.0)
+        return op.Where(op.Less(error(blocks, four), error(blocks, six)), four, six)
+
+    return _with_blocks(op, x, 16, rule)
+
+
+def _e8m0_values(op: Body, codes: ir.Value) -> ir.Value:
+    table = np.array([2.0 ** (code - 127) for code in range(255)] + [np.inf], np.float32)
+    return op.Gather(table, op.Cast(codes, to=INT32))
+
+
+def _mxfp4(op: Body, x: ir.Value) -> ir.Value:
+    def rule(blocks: ir.Value) -> ir.Value:
+        # The code is the smallest c with amax < 7 * 2^(c - 127). A logarithm finds it to within one, two exact
+        # comparisons correct it; an amax of zero is lifted to the smallest normal number, whose code is 0 as well.
+        amax = op.Max(_amax(op, blocks), float(np.finfo(np.float32).tiny))
+        guess = op.Ceil(op.Div(op.Log(op.Div(amax, 7.0)), float(np.log(2.0))))
+        guess = op.Clip(op.Add(guess, 127.0), 1.0, 253.0)
+        above = op.GreaterOrEqual(amax, op.Mul(_e8m0_values(op, guess), 7.0))
+        below = op.Less(amax, op.Mul(_e8m0_values(op, op.Sub(guess, 1.0)), 7.0))
+        code = op.Add(guess, op.Sub(op.Cast(above, to=FLOAT), op.Cast(below, to=FLOAT)))
+        step = _e8m0_values(op, op.Clip(code, 0.0, 253.0))
+        return op.Mul(_round_e2m1(op, op.Div(blocks, step)), step)
+
+    return _with_blocks(op, x, 32, rule)
+
+
+def _token_scale(op: Body, x: ir.Value, top: float) -> ir.Value:
+    scale = op.Div(_amax(op, x), top)
+    return op.Where(op.Equal(scale, 0.0), float(np.finfo(np.float32).eps), scale)
+
+
+def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    codes = op.Cast(_lanes(op, v["weight_packed"], 4), to=INT32)
+    table = np.array(E2M1_VALUES + tuple(-e for e in E2M1_VALUES), np.float32)
+    if a["format"] == "nvfp4":
+        step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
+    else:
+        step = _e8m0_values(op, v["weight_scale"])
+    values = _blocks(op, op.Gather(table, codes), a["block_size"])
+    weight = _flat(op, op.Mul(values, op.Unsqueeze(step, [-1])))
+    x = v["x"]
+    if a["activations"] == "nvfp4":
+        x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
+    elif a["activations"] == "mxfp4":
+        x = _mxfp4(op, x)
+    return _matmul(op, x, weight, v["bias"])
+
+
+def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any]) -> ir.Value:
+    """Offset binary uint8 [N, bytes], float32 scales [N, groups] -> float32 [N, K]."""
+    bits, size, features = a["bits"], a["group_size"], a["in_features"]
+    values = op.Sub(op.Cast(_lanes(op, packed, bits), to=FLOAT), float(1 << (bits - 1)))
+    if size:
+        repeated = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, size])
+        scale = op.Slice(_flat(op, repeated), [0], [features], [1])
+    return op.Mul(op.Slice(values, [0], [features], [1]), scale)
+
+
+def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    scale = v["weight_scale"]
+    if a["activations"] == "int8":
+        step = _token_scale(op, v["x"], 127.5)
+        codes = op.Clip(op.Round(op.Div(v["x"], step)), -128.0, 127.0)
+        sums = op.MatMulInteger(op.Cast(codes, to=INT8), op.Transpose(v["weight"], perm=[1, 0]))
+        # Two multiplications in a row: onnxruntime 1.32 turns Mul(sums, Mul(step, scale)) + bias into a fused op that
+        # scales the bias too.
+        y = op.Mul(op.Mul(op.Cast(sums, to=FLOAT), step), op.Transpose(scale, perm=[1, 0]))
+        return y if v["bias"] is None else op.Add(y, v["bias"])
+    if a["packed"]:
+        weight = _int_rows(op, v["weight"], scale, a)
+    else:
+        weight = op.Mul(op.Cast(v["weight"], to=FLOAT), scale)
+    return _matmul(op, v["x"], weight, v["bias"])
+
+
+def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    x = v["x"]
+    if a["activations"] == "fp8":
+        step = _token_scale(op, x, E4M3_MAX)
+        x = op.Mul(_to_e4m3(op, op.Div(x, step)), step)
+    return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
+
+
+def _int_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    ids = op.Reshape(v["ids"], [-1])
+    rows = _int_rows(op, op.Gather(v["weight_packed"], ids), op.Gather(v["weight_scale"], ids), a)
+    return op.Reshape(rows, op.Concat(op.Shape(v["ids"]), [a["in_features"]], axis=0))
+
+
+BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] = {
+    "FP4Linear": _fp4_linear,
+    "IntLinear": _int_linear,
+    "FP8Linear": _fp8_linear,
+    "IntEmbedding": _int_embedding,
+}
+
+
+def body(op_type: str, attributes: Mapping[str, Any], present: set[str]) -> ir.Function:
+    """The function of one op with these attribute values and these optional inputs."""
+    import onnx_ir as ir
+
+    op = Body()
+    inputs = [ir.Value(name=name) for name in INPUTS[op_type]]
+    given = {v.name: v if v.name in present or v.name not in OPTIONAL else None for v in inputs}
+    result = BODIES[op_type](op, given, attributes)
+    for index, value in enumerate(v for node in op.nodes for v in node.outputs):
+        value.name = f"v{index}"
+    result.name = "y"
+    for node in op.nodes:
+        node.name = None
+    graph = ir.Graph(inputs, [result], nodes=op.nodes, opset_imports={"": OPSET})
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[op_type]]
+    return ir.Function(DOMAIN, op_type, overload(op_type, attributes, present), graph=graph, attributes=declared)
+
+
+def overload(op_type: str, attributes: Mapping[str, Any], present: set[str]) -> str:
+    """Which specialisation: attribute values in order, then the optional inputs that are there."""
+    values = [f"{name}={attributes[name]}" for name in ATTRIBUTES[op_type]]
+    return ",".join(values + [name for name in INPUTS[op_type] if name in OPTIONAL & present])
+
+
+def attach_bodies(model: ir.Model) -> None:
+    """Give every node of the domain its overload, and the model exactly the functions that its nodes use."""
+    for key in [k for k in model.functions if k[0] == DOMAIN]:
+        del model.functions[key]
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        attributes = {name: node.attributes[name].value for name in ATTRIBUTES[node.op_type]}
+        present = {name for name, v in zip(INPUTS[node.op_type], node.inputs, strict=False) if v is not None}
+        node.overload = overload(node.op_type, attributes, present)
+        if node.op_identifier() not in model.functions:
+            function = body(node.op_type, attributes, present)
+            model.functions[function.identifier()] = function
+
+
+# --- translation ------------------------------------------------------------------------------------
+
+
+def stock_block(features: int, group_size: int) -> int | None:
+    """The block size with which MatMulNBits can read K = `features` in groups of `group_size` (0: one a row).
+
+    A larger group is several blocks with the same scale, so any multiple of 16 fits. None where nothing does.
+    """
+    return next((b for b in STOCK_BLOCKS if features % b == 0 and (group_size or features) % b == 0), None)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """torch op -> the function that emits its node, for `torch.onnx.export(custom_translation_table=…)`."""
+    import torch
+
+    from compressor.kernels import fp4_linear, fp8_linear, int_embedding, int_linear  # noqa: F401  (they register the ops)
+
+    ops = torch.ops.compressor
+    return {
+        ops.fp4_linear.default: _emit_fp4_linear,
+        ops.int_linear.default: _emit_int_linear,
+        ops.fp8_linear.default: _emit_fp8_linear,
+        ops.int_embedding.default: _emit_int_embedding,
+    }
+
+
+def _emit(op_type: str, inputs: tuple[Any, ...], attributes: dict[str, Any], domain: str = DOMAIN) -> Any:
+    """One node in the graph being translated. The exporter wants a schema of every op that it records."""
+    import onnx
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    kinds = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    described = schema(
+        op_type,
+        domain,
+        VERSION,
+        inputs=[schema.FormalParameter(f"i{n}", f"T{n}", param_option=optional) for n in range(len(inputs))],
+        outputs=[schema.FormalParameter("y", "T0")],
+        type_constraints=[(f"T{n}", TENSOR_TYPES, "") for n in range(len(inputs))],
+        attributes=[schema.Attribute(name, kinds[type(value)]) for name, value in attributes.items()],
+    )
+    return values.Op(values.Opset(domain, VERSION), op_type, described)(*inputs, **attributes)
+
+
+def _float(value: Any) -> Any:
+    """Bodies take float32 scales and biases; the file may hold bfloat16."""
+    from onnxscript import opset21
+
+    return value if value is None or value.dtype.value == FLOAT else opset21.Cast(value, to=FLOAT)
+
+
+# The parameters below are those of the torch ops, by name.
+
+
+def _emit_fp4_linear(
+    x: Any,
+    weight_packed: Any,
+    weight_scale: Any,
+    weight_global_scale: Any,
+    input_global_scale: Any,
+    bias: Any,
+    format: str,
+    activations: str,
+    four_over_six: bool,
+) -> Any:
+    attributes = {
+        "format": format,
+        "activations": activations,
+        "four_over_six": int(four_over_six),
+        "block_size": 16 if format == "nvfp4" else 32,
+    }
+    inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
+    return _emit("FP4Linear", inputs, attributes)
+
+
+def _emit_int_linear(
+    x: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, group_size: int, activations: str
+) -> Any:
+    from onnxscript import opset21
+
+    features, rows = x.shape[-1], weight_scale.shape[0]
+    packed = weight.dtype.value == INT32
+    scale, bias = _float(weight_scale), _float(bias)
+    block = stock_block(features, group_size) if packed and activations == "none" else None
+    if block is None:
+        attributes = {
+            "bits": bits,
+            "group_size": group_size,
+            "activations": activations,
+            "packed": int(packed),
+            "in_features": features,
+        }
+        return _emit("IntLinear", (x, weight, scale, bias), attributes)
+    if repeats := (group_size or features) // block - 1:
+        spread = opset21.Expand(opset21.Unsqueeze(scale, [-1]), [1, 1, repeats + 1])
+        scale = opset21.Reshape(spread, [rows, features // block])
+    attributes = {"K": features, "N": rows, "bits": bits, "block_size": block}
+    return _emit("MatMulNBits", (x, weight, scale, None, None, bias), attributes, STOCK_DOMAIN)
+
+
+def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str) -> Any:
+    return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), {"activations": activations})
+
+
+def _emit_int_embedding(
+    ids: Any, weight_packed: Any, weight_scale: Any, bits: int, group_size: int, in_features: int
+) -> Any:
+    attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
+    return _emit("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)

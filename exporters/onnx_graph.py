@@ -1,0 +1,84 @@
+"""model.onnx: one graph with a KV cache whose weights are the bytes of model.safetensors.
+
+Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
+here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_functions (nodes and bodies of the
+compressed modules), onnx_weights (initializers). Below them are two views of a written graph that verification uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import OutputError
+from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_weights
+
+if TYPE_CHECKING:
+    import onnx
+
+    from compressor.artifact import Artifact
+
+GRAPH = "model.onnx"
+WEIGHTS = "model.safetensors"
+PROTOBUF_LIMIT = 2**31 - 1
+
+
+def export(artifact: Artifact, folder: Path) -> list[Path]:
+    """Write model.onnx, and genai_config.json for a language model. Raises OutputError.
+
+    The folder must hold model.safetensors already.
+    """
+    import onnx_ir as ir
+
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise OutputError(f"The onnx export points into {WEIGHTS}, which is not there; add safetensors to the recipe's exports.")
+    model = artifact.model()
+    state = model.state_dict().keys()
+    graph = onnx_capture.capture(model, artifact.kind)
+    onnx_weights.bind(graph, weights, artifact.tied, state)
+    onnx_functions.attach_bodies(graph)
+    graph.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION
+    path = folder / GRAPH
+    path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    if artifact.kind != "causal-lm":
+        return [path]
+    return [path, genai_config.write(artifact, graph, folder)]
+
+
+def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Module name -> (name of its input value, name of its output value), for the modules of `names` in the graph.
+
+    The values are the module's, not the node's: before padding, after an embedding's multiplier.
+    """
+    domains = (onnx_functions.DOMAIN, onnx_functions.STOCK_DOMAIN)
+    producer = {out: node for node in graph.graph.node for out in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    found = {}
+    for node in graph.graph.node:
+        if node.domain not in domains or node.name not in names:
+            continue
+        source, target = node.input[0], node.output[0]
+        before = producer.get(source)
+        if before is not None and before.op_type == "Pad":
+            source = before.input[0]
+        if node.op_type == "IntEmbedding" and [n.op_type for n in users.get(target, [])] == ["Mul"]:
+            target = users[target][0].output[0]
+        found[node.name] = (source, target)
+    return found
+
+
+def smooth_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without rounding of activations: same weights, same wiring."""
+    import onnx_ir as ir
+
+    model = ir.from_proto(graph)
+    for node in model.graph:
+        if node.domain == onnx_functions.DOMAIN and "activations" in node.attributes:
+            node.attributes["activations"] = ir.AttrString("activations", "none")
+    onnx_functions.attach_bodies(model)
+    return ir.to_proto(model)

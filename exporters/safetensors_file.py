@@ -1,0 +1,151 @@
+"""model.safetensors and the small files beside it: the part of a folder that transformers reads.
+
+Written here rather than by the safetensors package for three reasons: global scales that several layers share are one
+tensor in memory, which the package refuses; the ONNX graph maps the same bytes, so the order is chosen for alignment;
+and tensors go to the file one at a time, without a second copy of the model in memory.
+
+Layout: u64 length of the header, the header (JSON, padded with spaces), then the tensors without gaps. The first byte
+of data and every tensor of a multiple of 64 bytes is aligned to 64; the others follow, aligned to their element size.
+Everything is little endian. Sharding is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError
+
+if TYPE_CHECKING:
+    from compressor.artifact import Artifact
+
+FILE = "model.safetensors"
+ALIGNMENT = 64
+LONGEST_HEADER = 100_000_000  # what the safetensors package accepts
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, offset in the file, bytes
+
+
+def export(artifact: Artifact, folder: Path) -> list[Path]:
+    """Write weights, config.json, generation_config.json and tokenizer into `folder`; returns the files.
+
+    Raises VerificationError when the tokenizer, read back, gives other tokens.
+    """
+    from compressor.exporters import hf_config, tokenizer_files
+
+    write(folder / FILE, artifact.tensors())
+    return [folder / FILE, *hf_config.export(artifact, folder), *tokenizer_files.export(artifact, folder)]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file; the bytes depend on names and values only. Tensors may share storage."""
+    assert sys.byteorder == "little", "the file format is little endian"
+    order = sorted(tensors, key=lambda name: (_size(tensors[name]) % ALIGNMENT != 0, -tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        tensor, end = tensors[name], offset + _size(tensors[name])
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            if tensors[name].numel():
+                file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """{name: (dtype, shape, offset, length)}, offset in bytes from the start of the file, in file order.
+
+    Raises ModelError when the file is missing, truncated or inconsistent; tensor data is not read.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+                raise ValueError(f"its header of {length} bytes does not fit")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        found = {name: _entry(name, entry, 8 + length) for name, entry in entries.items()}
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; write the folder again or download it completely.") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file ({error}); write or download it again.") from None
+    found = dict(sorted(found.items(), key=lambda item: (item[1][2], item[1][3])))
+    end = 8 + length
+    for name, (_, _, offset, count) in found.items():
+        if offset != end:
+            raise ModelError(f"{path}: tensor {name} starts at byte {offset}, expected {end}; write or download it again.")
+        end += count
+    if end != size:
+        what = "is truncated" if end > size else "has bytes after its last tensor"
+        raise ModelError(f"{path} {what}: its header asks for {end} bytes, the file has {size}; write or download it again.")
+    return found
+
+
+def _entry(name: str, entry: Any, start: int) -> Entry:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in TORCH:
+        raise ValueError(f"tensor {name} has dtype {dtype}, known are {', '.join(TORCH)}")
+    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a shape or an offset that is no count")
+    if end - begin != prod(shape) * TORCH[dtype].itemsize:
+        raise ValueError(f"tensor {name} of shape {list(shape)} has {end - begin} bytes")
+    return dtype, shape, start + begin, end - begin
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's weight file by name, mapped from disk and not copied. Raises ModelError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / FILE
+    entries = header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); write or download it again.") from None
+    return {name: tensors[name] for name in entries}
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes. Raises ModelError."""
+    path = Path(folder) / FILE
+    entries, found = header(path), {}
+    with path.open("rb") as file:
+        for name, (_, _, offset, length) in entries.items():
+            file.seek(offset)
+            found[name] = hashlib.sha256(file.read(length)).hexdigest()
+    return found
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

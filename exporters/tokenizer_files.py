@@ -1,0 +1,110 @@
+"""The tokenizer's files, written so that every reader splits text alike.
+
+tokenizer.json says everything about a fast tokenizer; readers disagree only through the class that tokenizer_config.json
+names. transformers 4 and 5 rebuild some classes (a LlamaTokenizer) by their own rules, version 4 does not know version
+5's names, onnxruntime-genai has a list of its own. `PreTrainedTokenizerFast` is the class that all of them know and take
+literally, so that is what is written, with the few settings that a class would have implied. Vocabulary copies
+(vocab.json, tokenizer.model) are left out: nobody reads them beside tokenizer.json. A tokenizer without a fast backend
+is written as transformers writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import VerificationError
+
+if TYPE_CHECKING:
+    from compressor.artifact import Artifact
+
+CLASS = "PreTrainedTokenizerFast"
+# Runs of spaces, line ends, contractions, digits, punctuation, accents (composed and not), scripts without spaces, emoji.
+PROBE = "Hello  world, it's 12345 naïve cafe\u0301\n\n\tcafé — 日本語 Привет مرحبا 🙂 don't x=y_1;  def f(a):\r\n    return 3.14   END "
+_CHAT = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Bye"}]
+
+
+def export(artifact: Artifact, folder: Path) -> list[Path]:
+    """Write the tokenizer, if there is one, and read it back. Raises VerificationError when it then gives other tokens."""
+    tokenizer = artifact.tokenizer
+    if tokenizer is None:
+        return []
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        files = [Path(f) for f in tokenizer.save_pretrained(folder)]
+    else:
+        files = _write_fast(tokenizer, folder, text_only=artifact.kind == "causal-lm")
+    if differences := same_tokens(folder, tokenizer):
+        raise VerificationError(
+            f"the tokenizer read back from {folder.name} is not the original: {differences[0]}; "
+            f"use the tokenizer files of the original model."
+        )
+    return sorted({f for f in files if f.is_file()})
+
+
+def same_tokens(folder: Path, tokenizer: Any) -> list[str]:
+    """What the folder's tokenizer, as transformers reads it, does differently from `tokenizer`; empty when nothing.
+
+    Compared are ids with and without special tokens, decoding, special tokens by role and inside text, a pair, and the
+    chat template.
+    """
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(folder)
+    special = sorted(set(tokenizer.all_special_tokens))
+    texts = {"text": PROBE, "special tokens inside text": "a".join(["", *special, ""]), "empty text": ""}
+    found = []
+    for what, text in texts.items():
+        for add in (True, False):
+            ours = tokenizer(text, add_special_tokens=add)["input_ids"]
+            theirs = other(text, add_special_tokens=add)["input_ids"]
+            if ours != theirs:
+                at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+                found.append(f"{what} {'with' if add else 'without'} special tokens gives other ids from token {at} on")
+    ids = tokenizer(PROBE)["input_ids"]
+    for skip in (True, False):
+        if tokenizer.decode(ids, skip_special_tokens=skip) != other.decode(ids, skip_special_tokens=skip):
+            found.append(f"decoding {'without' if skip else 'with'} special tokens gives another text")
+    if tokenizer("one", "two")["input_ids"] != other("one", "two")["input_ids"]:
+        found.append("a pair of texts gives other ids")
+    for role in ("bos", "eos", "unk", "pad", "cls", "sep", "mask"):
+        if getattr(tokenizer, f"{role}_token_id") != getattr(other, f"{role}_token_id"):
+            found.append(f"{role}_token is {getattr(other, f'{role}_token')} instead of {getattr(tokenizer, f'{role}_token')}")
+    if set(tokenizer.all_special_tokens) != set(other.all_special_tokens):
+        found.append("the set of special tokens is another")
+    if _chat(tokenizer) != _chat(other):
+        found.append("the chat template renders another text")
+    return found
+
+
+def _write_fast(tokenizer: Any, folder: Path, text_only: bool) -> list[Path]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left behind by the last call of the tokenizer; whoever tokenizes next sets its own.
+    backend["truncation"] = backend["padding"] = None
+    special = {role: _text(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(role, str)}
+    extra = [t for t in tokenizer.all_special_tokens if t not in special.values()]
+    special = {role: token for role, token in special.items() if isinstance(token, str)}
+    if extra:
+        special["additional_special_tokens"] = extra
+    names = list(tokenizer.model_input_names)
+    if text_only:  # generate() refuses what the model does not take
+        names = [n for n in names if n != "token_type_ids"]
+    config = {
+        "added_tokens_decoder": {t["id"]: {k: v for k, v in t.items() if k != "id"} for t in map(str_id, backend["added_tokens"])},
+        "clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces),
+        "model_input_names": names,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "tokenizer_class": CLASS,
+        "truncation_side": tokenizer.truncation_side,
+        **special,
+    }
+    files = [_json(folder / "tokenizer.json", backend), _json(folder / "special_tokens_map.json", special)]
+    if template := tokenizer.chat_template:
+        config["chat_template"] = template
+        if isinstance(template, str):
+            files.append(folder / "chat_template.jinja")
+            files[-1].write_text(template, encoding="utf-8", newline="")
+        else:
+            config["chat_template"] = [{"name": n, "template": t} for n, t in template.items()]
+    return [*files, _json(folder / "tokenizer_config.json", config)]

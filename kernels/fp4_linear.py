@@ -1,0 +1,53 @@
+"""compressor::fp4_linear — y = Q(x) · dequantize(W)ᵀ + b with FP4 (E2M1) weights in NVFP4 or MXFP4 blocks.
+
+Contract, all on one device:
+    x                    [..., K]    any float dtype; y has the same
+    weight_packed        [N, K/2]    uint8, even k in the low nibble
+    weight_scale         [N, K/16]   float8_e4m3fn (nvfp4)   |   [N, K/32] uint8 E8M0 (mxfp4)
+    weight_global_scale  [1]         float32 divisor (nvfp4), None for mxfp4
+    input_global_scale   [1]         float32 divisor, only with activations="nvfp4"
+    bias                 [N]         float, optional
+    format               "nvfp4" | "mxfp4";   activations  "none" | "nvfp4" | "mxfp4"
+The body below is the reference: float32 arithmetic, weights dequantized in full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.kernels import activations as act
+from compressor.kernels import codec
+
+
+def dequantize(weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None) -> Tensor:
+    """float32 [N, K]. The block size is K over the scale's columns; E8M0 where there is no global scale."""
+    values = codec.e2m1_values(codec.unpack_nibbles(weight_packed))
+    if weight_global_scale is None:
+        step = codec.e8m0_values(weight_scale)
+    else:
+        step = weight_scale.float() / weight_global_scale
+    block = values.shape[1] // step.shape[1]
+    return (codec.blocks_of(values, block) * step.unsqueeze(-1)).flatten(-2)
+
+
+@torch.library.custom_op("compressor::fp4_linear", mutates_args=())
+def fp4_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor | None,
+    input_global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    activations: str,
+    four_over_six: bool,
+) -> Tensor:
+    weight = dequantize(weight_packed, weight_scale, weight_global_scale)
+    quantized = act.quantize(x, activations, input_global_scale, four_over_six)
+    return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+@fp4_linear.register_fake
+def _(x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six):
+    return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))

@@ -1,0 +1,34 @@
+"""compressor::fp8_linear — y = Q(x) · dequantize(W)ᵀ + b with FP8 (E4M3) weights, one scale a row.
+
+Contract, all on one device:
+    x             [..., K]   any float dtype; y has the same
+    weight        [N, K]     float8_e4m3fn
+    weight_scale  [N, 1]     float, multiplies
+    bias          [N]        float, optional
+    activations   "none" | "fp8" (dynamic, one scale a token)
+The body below is the reference: float32 arithmetic, weights dequantized in full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.kernels import activations as act
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """float32 [N, K]."""
+    return weight.float() * weight_scale.float()
+
+
+@torch.library.custom_op("compressor::fp8_linear", mutates_args=())
+def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str) -> Tensor:
+    return torch.nn.functional.linear(
+        act.quantize(x, activations), dequantize(weight, weight_scale), None if bias is None else bias.float()
+    ).to(x.dtype)
+
+
+@fp8_linear.register_fake
+def _(x, weight, weight_scale, bias, activations):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

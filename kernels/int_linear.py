@@ -1,0 +1,48 @@
+"""compressor::int_linear — y = Q(x) · dequantize(W)ᵀ + b with symmetric INT2/4/8 weights, per group or per row.
+
+Contract, all on one device:
+    x             [..., K]              any float dtype; y has the same
+    weight        [N, ceil(K*b/32)]     int32 words, offset binary (weight-only)   |   [N, K] int8 (int8 activations)
+    weight_scale  [N, ceil(K/group)]    float, multiplies; [N, 1] per row
+    bias          [N]                   float, optional
+    bits          2 | 4 | 8;   group_size  0 means one group per row;   activations  "none" | "int8"
+The body below is the reference: float32 arithmetic, weights dequantized in full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.kernels import activations as act
+from compressor.kernels import codec
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
+    """float32 [N, K]."""
+    values = weight if weight.dtype == torch.int8 else codec.unpack_int(weight, bits, in_features)
+    step = weight_scale.float()
+    if group_size:
+        step = step.repeat_interleave(group_size, dim=1)[:, :in_features]
+    return values.float() * step
+
+
+@torch.library.custom_op("compressor::int_linear", mutates_args=())
+def int_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activations: str,
+) -> Tensor:
+    dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
+    return torch.nn.functional.linear(
+        act.quantize(x, activations), dense, None if bias is None else bias.float()
+    ).to(x.dtype)
+
+
+@int_linear.register_fake
+def _(x, weight, weight_scale, bias, bits, group_size, activations):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,0 +1,130 @@
+"""What every test may use: tiny seeded models of each family, a tokenizer made here, folders of both, shared data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VOCABULARY = 288
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+# Divisible by 32 for every block format; 96 is not divisible by 64, so that a group of 64 or 128 misfits.
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+HEADED = {**GROUPED, "head_dim": 16}
+# Family -> (config class, its arguments).
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GROUPED),
+    "mistral": ("MistralConfig", GROUPED | {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", HEADED),
+    "gemma": ("GemmaConfig", HEADED),
+    "gemma2": ("Gemma2Config", HEADED | {"sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", HEADED | {"sliding_window": 16, "sliding_window_pattern": 2}),
+    "phi": ("PhiConfig", COMMON | {"intermediate_size": 96}),
+    "phi3": ("Phi3Config", GROUPED),
+    "opt": ("OPTConfig", COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_neox": ("GPTNeoXConfig", COMMON | {"intermediate_size": 96}),
+    "gpt2": ("GPT2Config", COMMON | {"n_inner": 96}),
+    "bert": ("BertConfig", COMMON | {"intermediate_size": 96}),
+    "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+PROSE = (
+    "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said before, "
+    "and where it does not, somebody should be told. Numbers such as 3.14, 42 and 2048 occur in text; so do names.\n"
+) * 4
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `family` runs once for each."""
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", list(CONFIGS))
+
+
+def make(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A fp32 model in eval mode with weights drawn from `seed`; biases and norms are not left at 0 and 1."""
+    import transformers
+
+    name, arguments = CONFIGS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = getattr(transformers, name)(**(arguments | changes))
+        auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+        model = auto.from_config(config).float().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+    config.architectures = [type(model).__name__]
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., torch.nn.Module]:
+    """tiny(family, seed=0, **config changes): a fresh tiny model, the same for the same arguments."""
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE trained on PROSE; its ids stay below the tiny models' vocabulary size, 288."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([PROSE], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, **SPECIAL)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[[str], Path]:
+    """tiny_folder(family): the tiny model and tokenizer as a Hugging Face folder, written once; read it only."""
+    folders: dict[str, Path] = {}
+
+    def folder(family: str = "llama") -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp("models") / family
+            make(family).save_pretrained(folders[family])
+            tiny_tokenizer.save_pretrained(folders[family])
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """Text enough for a few windows of the tiny models."""
+    return PROSE
+
+
+@pytest.fixture(scope="session")
+def shared_path() -> Callable[..., Path]:
+    """shared_path("data", "wikitext2", "test.txt"): a path below ../shared, or a skip where that is not there."""
+
+    def path(*parts: str) -> Path:
+        found = Path(__file__).resolve().parents[2].joinpath("shared", *parts)
+        if not found.exists():
+            pytest.skip(f"shared/{'/'.join(parts)} is not beside this checkout")
+        return found
+
+    return path

@@ -1,0 +1,120 @@
+"""Every op against an independent element-by-element reading of its stored bytes, and its fake against the real one."""
+
+import pytest
+import torch
+
+from compressor.kernels import activations as act
+from compressor.kernels import codec
+from compressor.kernels.fp4_linear import dequantize as dequantize_fp4
+from compressor.kernels.fp4_linear import fp4_linear
+from compressor.kernels.fp8_linear import fp8_linear
+from compressor.kernels.int_embedding import int_embedding
+from compressor.kernels.int_linear import int_linear
+
+N, K = 5, 64
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(7)
+
+
+def fp4_tensors(rng, format):
+    packed = torch.randint(0, 256, (N, K // 2), generator=rng).to(torch.uint8)
+    if format == "mxfp4":
+        return packed, torch.randint(120, 134, (N, K // 32), generator=rng).to(torch.uint8), None
+    scale = torch.rand(N, K // 16, generator=rng).mul(400).add(1).to(torch.float8_e4m3fn)
+    return packed, scale, torch.tensor([37.5])
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fp4_weights_decode_by_hand(rng, format):
+    packed, scale, divisor = fp4_tensors(rng, format)
+    found = dequantize_fp4(packed, scale, divisor)
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for n in range(N):
+        for k in range(K):
+            code = (int(packed[n, k // 2]) >> (4 * (k % 2))) & 15
+            value = values[code & 7] * (-1 if code & 8 else 1)
+            step = float(scale[n, k // 16]) / 37.5 if format == "nvfp4" else 2.0 ** (int(scale[n, k // 32]) - 127)
+            assert found[n, k].item() == pytest.approx(value * step, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [(1,), (3,), (2, 65)])
+def test_fp4_linear_multiplies_and_adds_bias(rng, tokens):
+    packed, scale, divisor = fp4_tensors(rng, "nvfp4")
+    x, bias = torch.randn(*tokens, K, generator=rng), torch.randn(N, generator=rng)
+    y = fp4_linear(x, packed, scale, divisor, None, bias, "nvfp4", "none", False)
+    assert torch.allclose(y, x @ dequantize_fp4(packed, scale, divisor).T + bias, atol=1e-4)
+    assert fp4_linear(x.bfloat16(), packed, scale, divisor, None, bias, "nvfp4", "none", False).dtype == torch.bfloat16
+
+
+def test_int_linear_by_group_and_by_row(rng):
+    values = torch.randint(-8, 8, (N, K), generator=rng).to(torch.int8)
+    x = torch.randn(3, K, generator=rng)
+    for group, columns in ((16, K // 16), (0, 1)):
+        scale = torch.rand(N, columns, generator=rng).bfloat16()
+        dense = values.float() * scale.float().repeat_interleave(K // columns, dim=1)
+        y = int_linear(x, codec.pack_int(values, 4), scale, None, 4, group, "none")
+        assert torch.allclose(y, x @ dense.T, atol=1e-4)
+
+
+def test_int_embedding_gathers_rows(rng):
+    values = torch.randint(-128, 128, (11, 32), generator=rng).to(torch.int8)
+    scale = torch.rand(11, 2, generator=rng).bfloat16()
+    ids = torch.tensor([[0, 10], [3, 3]])
+    rows = int_embedding(ids, codec.pack_int(values, 8), scale, 8, 16, 32)
+    assert torch.equal(rows, (values.float() * scale.float().repeat_interleave(16, 1))[ids])
+    assert int_embedding(ids[0], codec.pack_int(values, 8), scale, 8, 16, 32).shape == (2, 32)
+
+
+@pytest.mark.parametrize("op", ["fp4", "int8", "fp8", "embedding"])
+def test_registrations_are_consistent(rng, op):
+    x = torch.randn(2, 3, K, generator=rng)
+    if op == "fp4":
+        args = (x, *fp4_tensors(rng, "nvfp4"), torch.tensor([100.0]), None, "nvfp4", "nvfp4", True)
+        function = fp4_linear
+    elif op == "int8":
+        weight = torch.randint(-128, 128, (N, K), generator=rng).to(torch.int8)
+        args = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), torch.zeros(N), 8, 0, "int8")
+        function = int_linear
+    elif op == "fp8":
+        weight = torch.randn(N, K, generator=rng).to(torch.float8_e4m3fn)
+        args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear
+    else:
+        table = codec.pack_int(torch.zeros(7, 32, dtype=torch.int8), 4)
+        args, function = (torch.zeros(2, 3, dtype=torch.int64), table, torch.ones(7, 1).bfloat16(), 4, 0, 32), int_embedding
+    # test_schema compares inputs with allclose, which float8 does not have.
+    torch.library.opcheck(function, args, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+class TestActivations:
+    def test_nvfp4_by_hand(self):
+        # amax 12 and divisor 4: scale e4m3(4 * 12 / 6) = 8, step 2.
+        x = torch.tensor([[12.0, -5.0, 1.0, 0.4] + [0.0] * 12])
+        assert act.nvfp4(x, torch.tensor([4.0]))[0, :4].tolist() == [12.0, -4.0, 1.0, 0.0]
+
+    def test_zero_blocks_stay_zero(self):
+        x = torch.zeros(2, 64)
+        for rule in ("nvfp4", "mxfp4", "int8", "fp8"):
+            assert torch.equal(act.quantize(x, rule, torch.tensor([3.0])), x)
+
+    def test_four_over_six_is_never_worse_and_often_better(self, rng):
+        x = torch.randn(200, 64, generator=rng)
+        divisor = codec.nvfp4_input_divisor(x.abs().amax())
+        plain = (act.nvfp4(x, divisor) - x).square().unflatten(-1, (-1, 16)).sum(-1)
+        chosen = (act.nvfp4(x, divisor, four_over_six=True) - x).square().unflatten(-1, (-1, 16)).sum(-1)
+        assert (chosen <= plain).all() and (chosen < plain).float().mean() > 0.2
+
+    def test_values_are_on_their_grids(self, rng):
+        x = torch.randn(9, 64, generator=rng) * 3
+        x[0, 0] = 1e4
+        step = act.token_scale(x, 127.5)
+        codes = act.int8_per_token(x) / step
+        assert torch.allclose(codes, codes.round(), atol=1e-3) and codes.min() >= -128.001 and codes.max() <= 127.001
+        assert (act.int8_per_token(x) - x).abs().max(-1).values.le(step[:, 0] * 0.51).all()
+        relative = ((act.fp8_per_token(x) - x).abs() / x.abs()).median()
+        assert 0.005 < relative < 0.04
+        blocks = act.mxfp4(x).unflatten(-1, (-1, 32))
+        scale = codec.e8m0_values(codec.mxfp4_block_exponent(x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)))
+        assert set((blocks / scale).abs().unique().tolist()) <= set(codec.E2M1_VALUES)
