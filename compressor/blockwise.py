@@ -26,6 +26,7 @@ from compressor.progress import Progress
 
 SAME = 1e-3  # relative; a plain and a block-wise forward differ by rounding, 1e-6 or so
 SAMPLE = 256  # values of a hidden state that are compared
+UNSUPPORTED = "models that cannot run block by block are not supported."
 HIDDEN = object()  # stands for the hidden states in a recorded call
 
 Named = list[tuple[str, nn.Module]]
@@ -64,9 +65,7 @@ def run_blocks(
         again = _record(model, windows[-1], named)
         for (name, _), a, b in zip(named, calls, again, strict=True):
             if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
-                raise ModelError(
-                    f"{name}: what this block gets besides hidden states depends on the text; such models are not supported."
-                )
+                raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
     with tempfile.TemporaryFile(prefix="compressor-") as file:
         spool = _Spool(file)
         for i, window in enumerate(windows):
@@ -97,7 +96,7 @@ def _record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if name in calls or not isinstance(hidden, Tensor):
-                raise ModelError(f"{name}: called more than once or without hidden states; such models are not supported.")
+                raise ModelError(f"{name}: called more than once or without hidden states; {UNSUPPORTED}")
             calls[name] = Call(
                 tuple(HIDDEN if a is hidden else _without_cache(a) for a in args),
                 {k: HIDDEN if v is hidden else _without_cache(v) for k, v in kwargs.items()},
@@ -113,7 +112,7 @@ def _record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
         for handle in handles:
             handle.remove()
     if absent := [name for name, _ in named if name not in calls]:
-        raise ModelError(f"{absent[0]}: a plain forward does not call this block; such models are not supported.")
+        raise ModelError(f"{absent[0]}: a plain forward does not call this block; {UNSUPPORTED}")
     return [calls[name] for name, _ in named]
 
 
@@ -187,7 +186,7 @@ def _sample(hidden: Tensor) -> Tensor:
 def _require_same(name: str, found: Tensor, expected: Tensor) -> None:
     # NaN and Inf are left to whoever listens, who can name the layer.
     if expected.isfinite().all() and found.isfinite().all() and (found - expected).norm() > SAME * expected.norm():
-        raise ModelError(f"{name}: its input is not the previous block's output; such models are not supported.")
+        raise ModelError(f"{name}: its input is not the previous block's output; {UNSUPPORTED}")
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -58,7 +58,7 @@ class Calibration:
             if _pattern(other.names[0]) == _pattern(site.names[0]):
                 merged.merge(values[statistic])
         if not merged.tokens:
-            raise NumericsError(f"{name}: no calibration token reached it; use more or longer windows, or ignore the layer.")
+            raise NumericsError(f"{name}: no calibration token reached it; use more windows, or ignore the layer.")
         return merged.value()
 
 
@@ -75,7 +75,8 @@ def calibrate(
     needs    statistics of every site's input; each is reduced once per site
     names    the linears to measure; None means all of `linears(model)`
     device   where blocks run, each moved there and back; None leaves everything where it is
-    Raises DataError, ModelError for a model that cannot be run block by block, NumericsError for NaN or Inf in an input.
+    Raises DataError for no tokens, ModelError for a model that cannot run block by block, NumericsError for NaN or Inf
+    in an input.
     """
     if windows.dim() != 2 or not windows.numel():
         raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.artifact import Artifact
 from compressor.errors import ModelError, OutputError
 from compressor.progress import Progress, Silent
@@ -85,14 +87,13 @@ def _swap(partial: Path, folder: Path) -> None:
 def manifest_of(artifact: Artifact, folder: Path) -> dict[str, Any]:
     """The manifest of a folder whose other files are written: hashes, versions, coverage, quality. No times, so that
     the same input gives the same bytes."""
-    from compressor.exporters.safetensors_file import header
+    from compressor.exporters.hf_config import loads_in
 
-    weights = folder / WEIGHTS
     tensors = {}
-    with weights.open("rb") as file:
-        for name, (dtype, shape, offset, length) in sorted(header(weights).items()):
-            file.seek(offset)
-            tensors[name] = {"dtype": dtype, "shape": list(shape), "sha256": hashlib.sha256(file.read(length)).hexdigest()}
+    for name, tensor in artifact.tensors().items():
+        # Hashed in memory: what the file is checked against is what was measured, not what was written.
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        tensors[name] = {"shape": list(tensor.shape), "sha256": hashlib.sha256(raw).hexdigest()}
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
     return {
         "format": MANIFEST_FORMAT,
@@ -101,6 +102,7 @@ def manifest_of(artifact: Artifact, folder: Path) -> dict[str, Any]:
         "seed": artifact.recipe.seed,
         **artifact.record,
         "coverage": coverage(artifact),
+        "loads_in": loads_in(artifact),
         "tied": dict(sorted(artifact.tied.items())),
         "tensors": tensors,
         "files": files,

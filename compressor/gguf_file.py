@@ -8,6 +8,7 @@ versions (see `tokenizer_of`).
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,11 +36,11 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
-            raise ModelError(f"{path}: not a GGUF file (it does not start with 'GGUF'); check the path or download it again.")
+            raise ModelError(f"{path}: not a GGUF file, it does not start with 'GGUF'; download it again.")
         try:
             return _parse(path, file, size)
         except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
-            raise ModelError(f"{path}: the GGUF header is truncated or damaged ({error}); download the file again.") from None
+            raise ModelError(f"{path}: truncated or damaged GGUF header ({error}); download it again.") from None
 
 
 def _parse(path: Path, file: BinaryIO, size: int) -> Header:
@@ -63,7 +64,7 @@ def _parse(path: Path, file: BinaryIO, size: int) -> Header:
         raise ModelError(f"{path}: this GGUF file holds no tensors.")
     end = start + max(offset + length for offset, length in spans.values())
     if end > size:
-        raise ModelError(f"{path}: truncated GGUF file, its tensors need {end} bytes and it has {size}; download it again.")
+        raise ModelError(f"{path}: truncated GGUF file, it needs {end} bytes and has {size}; download it again.")
     return Header(metadata, tuple(spans))
 
 
@@ -117,14 +118,15 @@ def tokenizer_of(header: Header) -> Any | None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    get = header.metadata.get
+    get: Callable[..., Any] = header.metadata.get
     architecture = get("general.architecture")
     if get("tokenizer.ggml.model") != "gpt2" or get("tokenizer.ggml.pre", "default") not in GPT2_SPLITTING:
         return None
     tokens: list[str] = get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    control = [t for t, kind in zip(tokens, get("tokenizer.ggml.token_type", []), strict=False) if kind == CONTROL_TOKEN]
+    kinds = get("tokenizer.ggml.token_type", [])
+    control = [t for t, kind in zip(tokens, kinds, strict=False) if kind == CONTROL_TOKEN]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()

@@ -69,8 +69,8 @@ class QuantLinear(QuantModule):
             x = nn.functional.pad(x, (0, self.padding))
         if self.dense is None:
             return self.call(x)
-        bias = self.optional("bias")
-        y = nn.functional.linear(self.quantize_input(x), self.dense, None if bias is None else bias.float())
+        bias, dtype = self.optional("bias"), self.dense.dtype
+        y = nn.functional.linear(self.quantize_input(x).to(dtype), self.dense, None if bias is None else bias.to(dtype))
         return y.to(x.dtype)
 
     def call(self, x: Tensor) -> Tensor:

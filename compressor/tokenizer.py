@@ -18,10 +18,10 @@ PROBE = "Hello  world, it's 12345 naïve\n\n\tcafé — 日本語 don't x=y_1;  
 
 
 def load_tokenizer(source: str | Path | None) -> Any:
-    """The tokenizer of a folder, hub id, .gguf file or demo name. Raises ModelError when there is none or it is damaged."""
+    """The tokenizer of a folder, hub id, .gguf file or demo name. Raises ModelError when it is missing or damaged."""
     name, place = find(source)
     if not place.has_tokenizer:
-        raise ModelError(f"{name}: no tokenizer, such as tokenizer.json, is there; copy the original model's into the folder.")
+        raise ModelError(f"{name}: no tokenizer.json or other tokenizer is there; copy the original model's into it.")
     return tokenizer_at(name, place)
 
 
@@ -46,7 +46,7 @@ def tokenizer_at(name: str, place: Place) -> Any:
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         first = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: the tokenizer cannot be read ({first}); restore or download its files again.") from None
+        raise ModelError(f"{name}: the tokenizer cannot be read ({first}); download its files again.") from None
 
 
 def _ids(backend: Any) -> list[int]:

@@ -4,7 +4,7 @@
     encoder          input_ids, attention_mask, token_type_ids -> last_hidden_state
 
 Batch, sequence and past are dynamic, and the past may be empty. Whether a module is compressed is invisible here: it
-calls a registered op and `onnx_functions` knows that op's node. What is left out: weights (onnx_weights.py).
+calls a registered op, and `onnx_functions` knows that op's node. What is left out: weights (onnx_weights.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +27,23 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+SIZES = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}  # while tracing; all different, and none of 0 and 1
+# The wrapped model below is one attribute deeper than it is in its own state_dict.
+PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A traceable module with example inputs; `shapes` names the dims of each graph input and output in order."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    shapes: dict[str, tuple[str | int, ...]]
+    results: dict[str, tuple[str | int, ...]]
 
 
 class LanguageModel(nn.Module):
-    """(input_ids, attention_mask, position_ids or None, ((key, value), …)) -> (logits, present keys and values)."""
+    """(input_ids, attention_mask, position_ids or None, [(key, value), …]) -> (logits, [present key, value, …])."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -38,6 +52,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
+        _same_sizes(input_ids, attention_mask, position_ids, past)
         positions = {} if position_ids is None else {"position_ids": position_ids}
         cache = filled_cache(past)
         output = self.model(
@@ -54,8 +69,23 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        _same_sizes(input_ids, attention_mask, token_type_ids, [])
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+
+
+def _same_sizes(ids: Tensor, mask: Tensor, others: Tensor | None, past: list[tuple[Tensor, Tensor]]) -> None:
+    """Tell the tracer which of the inputs' dynamic sizes are one, so that it computes each of them once."""
+    batch, sequence = ids.shape
+    seen = past[0][0].shape[2] if past else 0
+    torch._check(mask.shape[0] == batch)
+    torch._check(mask.shape[1] == seen + sequence)
+    if others is not None:
+        torch._check(others.shape[0] == batch)
+        torch._check(others.shape[1] == sequence)
+    for tensor in (t for layer in past for t in layer):
+        torch._check(tensor.shape[0] == batch)
+        torch._check(tensor.shape[2] == seen)
 
 
 def filled_cache(past: list[tuple[Tensor, Tensor]]) -> Any:
@@ -71,99 +101,103 @@ def filled_cache(past: list[tuple[Tensor, Tensor]]) -> Any:
     return cache
 
 
-def cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Per layer ((heads, size) of keys, (heads, size) of values), asked of the model without computing anything."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        cache = model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    attention = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")  # the others look at the mask's values
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            cache = model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    finally:
+        model.set_attn_implementation(attention)
     return [tuple((t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)) for layer in cache.layers]
 
 
-def capture(model: nn.Module, kind: str) -> ir.Model:
-    """The graph of a float32 model with every weight as an initializer named as in its state_dict.
-
-    Compressed modules are single nodes named like the module; nothing else keeps a name or metadata, because the
-    exporter's contain paths and traces.
-    """
-    dim = torch.export.Dim
-    # Two and more while tracing, so that no size is taken for a broadcast; the graph itself runs with one or none.
-    batch, sequence, past = (dim(name, min=2) for name in (BATCH, SEQUENCE, PAST))
+def signature(model: Any, kind: str) -> Signature:
+    """What the graph of this model takes and returns."""
     accepted = inspect.signature(model.forward).parameters
-    ids = torch.ones(2, 3, dtype=torch.long)
+    ids = torch.ones(SIZES[BATCH], SIZES[SEQUENCE], dtype=torch.long)
+    tokens = (BATCH, SEQUENCE)
     if kind == "encoder":
-        has_types = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1
-        names = ["input_ids", "attention_mask"] + ["token_type_ids"] * has_types
-        wrapper: nn.Module = Encoder(model)
-        inputs: tuple[Any, ...] = (ids, ids, torch.zeros_like(ids) if has_types else None)
-        dims: tuple[Any, ...] = ({0: batch, 1: sequence},) * 2 + ({0: batch, 1: sequence} if has_types else None,)
-        results = ["last_hidden_state"]
-    else:
-        seen = 5
-        shapes = cache_shapes(model)
-        has_positions = "position_ids" in accepted
-        cached = [f"{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
-        names = ["input_ids", "attention_mask"] + ["position_ids"] * has_positions
-        names += [f"past_key_values.{name}" for name in cached]
-        results = ["logits"] + [f"present.{name}" for name in cached]
-        wrapper = LanguageModel(model)
-        mask = torch.ones(2, seen + 3, dtype=torch.long)
-        positions = torch.arange(seen, seen + 3).repeat(2, 1) if has_positions else None
-        empty = [tuple(torch.zeros(2, heads, seen, size) for heads, size in layer) for layer in shapes]
-        inputs = (ids, mask, positions, empty)
-        dims = (
-            {0: batch, 1: sequence},
-            {0: batch, 1: dim.DYNAMIC},
-            {0: batch, 1: sequence} if has_positions else None,
-            [({0: batch, 2: past},) * 2 for _ in shapes],
-        )
+        shapes: dict[str, tuple[str | int, ...]] = {"input_ids": tokens, "attention_mask": tokens}
+        types = None
+        if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1:
+            shapes["token_type_ids"], types = tokens, torch.zeros_like(ids)
+        return Signature(Encoder(model), (ids, torch.ones_like(ids), types), shapes, {"last_hidden_state": (*tokens, -1)})
+    shapes = {"input_ids": tokens, "attention_mask": (BATCH, TOTAL)}
+    positions = None
+    if "position_ids" in accepted:
+        shapes["position_ids"] = tokens
+        positions = torch.arange(SIZES[PAST], SIZES[TOTAL]).repeat(SIZES[BATCH], 1)
+    results: dict[str, tuple[str | int, ...]] = {"logits": (*tokens, -1)}
+    past = []
+    for i, layer in enumerate(cache_shapes(model)):
+        for part, (heads, size) in zip(("key", "value"), layer, strict=True):
+            shapes[f"past_key_values.{i}.{part}"] = (BATCH, heads, PAST, size)
+            results[f"present.{i}.{part}"] = (BATCH, heads, TOTAL, size)
+        past.append(tuple(torch.zeros(SIZES[BATCH], heads, SIZES[PAST], size) for heads, size in layer))
+    mask = torch.ones(SIZES[BATCH], SIZES[TOTAL], dtype=torch.long)
+    return Signature(LanguageModel(model), (ids, mask, positions, past), shapes, results)
+
+
+def capture(model: nn.Module, kind: str) -> ir.Model:
+    """The graph of a float32 model, every weight an initializer named as in its state_dict.
+
+    Compressed modules are single nodes named like the module. Nothing else keeps a name or metadata: the exporter's
+    contain paths and stack traces.
+    """
+    what = signature(model, kind)
+    free = torch.export.Dim.DYNAMIC
+    dims = torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: {0: free, 1: free} if t.dim() == 2 else {0: free, 2: free}, what.inputs
+    )
     with torch.no_grad(), _quiet():
-        program = torch.export.export(wrapper, inputs, dynamic_shapes=dims, strict=False)
+        program = torch.export.export(what.module, what.inputs, dynamic_shapes=dims, strict=False)
         graph = torch.onnx.export(
             program,
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=onnx_functions.OPSET,
-            input_names=names,
-            output_names=results,
+            input_names=list(what.shapes),
+            output_names=list(what.results),
             custom_translation_table=onnx_functions.translation_table(),
         ).model
-    return _tidy(graph)
+    _tidy(graph, what)
+    return graph
 
 
-def _tidy(model: ir.Model) -> ir.Model:
+def _tidy(model: ir.Model, what: Signature) -> None:
+    """Names and shapes of ours instead of the exporter's, in place."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    for node in model.graph:
+    graph = model.graph
+    for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         compressed = node.domain in (onnx_functions.DOMAIN, onnx_functions.STOCK_DOMAIN)
-        node.name = scopes[-2].removeprefix("model.") if compressed else None
+        node.name = scopes[-2].removeprefix(PREFIX) if compressed else None
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = None
-                value.type = None
-    for name in list(model.graph.initializers):
-        value = model.graph.initializers.pop(name)
-        value.name = name.removeprefix("model.")
+                value.shape = value.type = None
+    for name in list(graph.initializers):
+        value = graph.initializers.pop(name)
+        value.name = name.removeprefix(PREFIX)
         if value.uses():
-            model.graph.register_initializer(value)
-    for value in model.graph.inputs:
-        if value.name == "attention_mask" and value.shape[1] != model.graph.inputs[0].shape[1]:
-            value.shape = ir.Shape([value.shape[0], TOTAL])
-    for value in model.graph.outputs:
-        if value.name.startswith("present."):
-            value.shape = ir.Shape([value.shape[0], value.shape[1], TOTAL, value.shape[3]])
+            graph.register_initializer(value)
+    for value in (*graph.inputs, *graph.outputs):
+        named = (what.shapes | what.results)[value.name]
+        value.shape = ir.Shape([value.shape[i] if name == -1 else name for i, name in enumerate(named)])
+    graph.metadata_props.clear()
     model.producer_name, model.producer_version = "compressor", None
-    model.graph.metadata_props.clear()
     common.ClearMetadataAndDocStringPass()(model)
-    return model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the exporter's progress and its remarks about operators and packages that are not used here."""
+    """Hold back the exporter's remarks about operators and packages that are not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -42,8 +42,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 PROSE = (
-    "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said before, "
-    "and where it does not, somebody should be told. Numbers such as 3.14, 42 and 2048 occur in text; so do names.\n"
+    "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said "
+    "before, and where it does not, somebody should be told. Numbers such as 3.14, 42 and 2048 occur; so do names.\n"
 ) * 4
 
 

@@ -23,7 +23,7 @@ def plain_inputs(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Ten
     seen: dict[str, list[torch.Tensor]] = {}
 
     def hook(name):
-        return lambda _, args: seen.setdefault(name, []).append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
+        return lambda _, args: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
 
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears(model).items()]
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_hidden_states_equal_plain_forward(tiny, family, monkeypatch):
     run_blocks(model, windows, blocks(model), lambda name: nullcontext(), Silent())
     last = blocks(model)[-1][1]
     expected: list[torch.Tensor] = []
-    handle = last.register_forward_hook(lambda m, a, out: expected.append(out if isinstance(out, torch.Tensor) else out[0]))
+    handle = last.register_forward_hook(lambda m, a, y: expected.append(y if isinstance(y, torch.Tensor) else y[0]))
     with torch.no_grad():
         for window in windows:
             model(window[None])
@@ -94,7 +94,8 @@ def test_sites_cover_every_linear_once(tiny, family):
     listed = [n for s in found for n in s.names]
     assert sorted(listed) == sorted(linears(model))
     assert all(linears(model)[n].in_features == s.features for s in found for n in s.names)
-    assert [s.names[0] for s in found] == [n for n in linears(model) if n in {s.names[0] for s in found}], "module order"
+    first = [s.names[0] for s in found]
+    assert first == [n for n in linears(model) if n in first], "module order"
 
 
 class Expert(nn.Module):
@@ -171,7 +172,7 @@ def test_refuses_work_between_blocks():
 
 
 def test_refuses_text_dependent_arguments():
-    with pytest.raises(ModelError, match="depends on the text"):
+    with pytest.raises(ModelError, match="depend on the text"):
         calibrate(Toy(text_dependent=True).eval(), tokens(2, 8) % 32, {AbsMax})
 
 

