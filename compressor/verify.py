@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,13 @@ class VerifyReport:
         return not any(r.status == FAILED for r in self.rows)
 
 
-def verify(folder: str | Path, *, progress: Progress = Silent()) -> VerifyReport:
-    """Check a folder in every installed runtime. Raises ModelError when it is not a folder of ours."""
+def verify(
+    folder: str | Path, *, runtimes: Collection[str] = tuple(RUNTIMES), progress: Progress = Silent()
+) -> VerifyReport:
+    """Check a folder in every installed runtime of `runtimes`, each after torch, which makes their reference.
+
+    Raises ModelError when it is not a folder of ours.
+    """
     folder = Path(folder).resolve()
     manifest = read_manifest(folder)
     progress.stage("verify files")
@@ -68,6 +74,8 @@ def verify(folder: str | Path, *, progress: Progress = Silent()) -> VerifyReport
         return VerifyReport(rows)  # a runtime would only repeat that the bytes are wrong
     with tempfile.TemporaryDirectory() as scratch:
         for name, module in RUNTIMES.items():
+            if name not in runtimes:
+                continue
             progress.stage(f"verify {name}")
             if reason := _not_applicable(name, module, manifest, folder):
                 rows.append(Check(name, "load", SKIPPED, reason))

@@ -1,4 +1,4 @@
-"""config.json: the model's own config, how its weights are stored in the compressed-tensors dialect, and what that lacks.
+"""config.json: the model's own config, how its weights are stored in the compressed-tensors dialect, and the rest.
 
     quantization_config   what transformers, vLLM and other readers of the dialect follow
     compressor            kind and attributes of every compressed module, from which we rebuild them
@@ -97,7 +97,9 @@ def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
             raise ModelError(f"config.json has no '{SECTION}' section, so the folder was not written by compressor.")
         return {}
     if not isinstance(section, dict) or section.get("format") != SECTION_FORMAT:
-        raise ModelError(f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT}; use the version that wrote it.")
+        raise ModelError(
+            f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT}; use the version that wrote it."
+        )
     found = {}
     try:
         for group in section["modules"]:
@@ -107,7 +109,9 @@ def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
                 own = {leaf: tensors[f"{name}.{leaf}"] for leaf in group["tensors"]}
                 found[name] = Packed(group["kind"], own, dict(group["attributes"]))
     except KeyError as error:
-        raise ModelError(f"config.json and the weight file do not belong together: {error} is missing; write the folder again.") from None
+        raise ModelError(
+            f"config.json and the weight file do not belong together: {error} is missing; write the folder again."
+        ) from None
     return dict(sorted(found.items()))
 
 
@@ -137,10 +141,10 @@ def _reason(artifact: Artifact, stock: nn.Module) -> str | None:
         if why := expressible(packed):
             return f"{name}: {why}"
     modules = dict(stock.named_modules())
-    if name := next((n for n, m in modules.items() if isinstance(m, Conv1D)), None):
-        return f"{name} is a Conv1D, which the dialect does not cover; it is stored as a linear"
-    if name := next((n for n in artifact.packed if not isinstance(modules.get(n), nn.Linear)), None):
-        return f"{name} is not a linear of {type(stock).__name__}"
+    if transposed := next((n for n, m in modules.items() if isinstance(m, Conv1D)), None):
+        return f"{transposed} is a Conv1D, which the dialect does not cover; it is stored as a linear"
+    if other := next((n for n in artifact.packed if not isinstance(modules.get(n), nn.Linear)), None):
+        return f"{other} is not a linear of {type(stock).__name__}"
     return None
 
 

@@ -64,7 +64,7 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file; the bytes depend on names and values only. Tensors may share storage."""
     assert sys.byteorder == "little", "the file format is little endian"
-    order = sorted(tensors, key=lambda name: (_size(tensors[name]) % ALIGNMENT != 0, -tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda n: (_size(tensors[n]) % ALIGNMENT != 0, -tensors[n].element_size(), n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
@@ -103,11 +103,15 @@ def header(path: Path) -> dict[str, Entry]:
     end = 8 + length
     for name, (_, _, offset, count) in found.items():
         if offset != end:
-            raise ModelError(f"{path}: tensor {name} starts at byte {offset}, expected {end}; write or download it again.")
+            raise ModelError(
+                f"{path}: tensor {name} starts at byte {offset}, expected {end}; write or download it again."
+            )
         end += count
     if end != size:
         what = "is truncated" if end > size else "has bytes after its last tensor"
-        raise ModelError(f"{path} {what}: its header asks for {end} bytes, the file has {size}; write or download it again.")
+        raise ModelError(
+            f"{path} {what}: its header asks for {end} bytes, the file has {size}; write or download it again."
+        )
     return found
 
 

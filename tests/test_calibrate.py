@@ -176,6 +176,43 @@ def test_refuses_text_dependent_arguments():
         calibrate(Toy(text_dependent=True).eval(), tokens(2, 8) % 32, {AbsMax})
 
 
+class Cache:
+    """Grows with every forward that it is passed to."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def get_seq_length(self):
+        return self.calls
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, scale=None):
+        if isinstance(scale, Cache):
+            scale.calls += 1
+        seen = scale.calls if isinstance(scale, Cache) else 1
+        return (self.linear(hidden_states) * seen,)
+
+
+def test_a_cache_is_not_carried_from_window_to_window(monkeypatch):
+    model = Toy(Caching).eval()
+    plain = Toy(Caching).eval()
+    monkeypatch.setattr(model, "forward", lambda input_ids: run_with_caches(model, input_ids))
+    windows = tokens(4, 8) % 32
+    found, expected = calibrate(model, windows, {AbsMax}), calibrate(plain, windows, {AbsMax})
+    assert found.value("layers.1.linear", AbsMax) == expected.value("layers.1.linear", AbsMax)
+
+
+def run_with_caches(model: Toy, input_ids: torch.Tensor) -> None:
+    x = model.embed(input_ids)
+    for layer in model.layers:
+        x = layer(hidden_states=x, scale=Cache())[0]
+
+
 def test_nan_in_activations_names_the_layer(tiny):
     model = as_loaded(tiny("llama")).model
     with torch.no_grad():

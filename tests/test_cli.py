@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,10 +31,9 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def shell(*arguments: object, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+def shell(*arguments: object):
     command = [sys.executable, "-m", "compressor", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def error_line(result, code: int) -> str:
@@ -51,6 +49,8 @@ def error_line(result, code: int) -> str:
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that a test starts, and those that verify starts
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def test_nothing_given_is_help():
 
 def test_help_does_not_wait_for_torch():
     code = "import sys, compressor.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_recipes_are_listed():
@@ -281,6 +281,46 @@ def test_wrong_eval_text_is_found_before_the_work(work):
     )
 
 
+def test_verify_shows_every_check(monkeypatch):
+    from compressor.verify import Check, VerifyReport
+
+    rows = [Check("torch", "load", "ok", "fine"), Check("optimum", "load", "skipped", "not installed")]
+    monkeypatch.setattr("compressor.verify.verify", lambda folder, progress: VerifyReport(rows))
+    result = run("verify", "small")
+    assert result.exit_code == 0
+    assert [line.split() for line in result.stdout.splitlines()[1:]] == [
+        ["torch", "load", "ok", "fine"],
+        ["optimum", "load", "skipped", "not", "installed"],
+    ]
+    assert json.loads(run("verify", "small", "--json").stdout)["ok"] is True
+    rows.append(Check("torch", "logits", "FAILED", "far off"))
+    broken = run("verify", "small", "--json")
+    assert broken.exit_code == 7 and json.loads(broken.stdout)["ok"] is False
+    assert broken.stderr == "error: small: is not what was measured; do not deploy it, compress again with --force.\n"
+
+
+def test_eval_in_words(monkeypatch):
+    figures = {"ppl": 31.204, "ppl_low": 30, "ppl_high": 33, "base_ppl": 26.07, "kl": 0.25, "top1": 0.8, "tokens": 9}
+    seen = {}
+
+    def evaluate(source, against, **options):
+        seen.update(options, source=source, against=against)
+        return figures
+
+    monkeypatch.setattr("compressor.evaluate.evaluate", evaluate)
+    result = run("eval", "small", "--against", "m", "--text", "t", "--windows", 3, "--length", 16, "--runtime", "onnx")
+    assert result.stdout == (
+        "perplexity 26.07 -> 31.20 (30.00 to 33.00), KL to the original 0.2500, top-1 agreement 0.8000, on 9 tokens\n"
+    )
+    del seen["progress"]
+    assert seen == dict(source="small", against="m", text="t", windows=3, length=16, runtime="onnx")
+    figures.update(base_ppl=None, kl=None, top1=None)
+    assert run("eval", "small", "--text", "t").stdout == "perplexity 31.20 (30.00 to 33.00), on 9 tokens\n"
+    figures.clear()
+    figures.update(cosine=0.99, tokens=9)
+    assert run("eval", "small", "--text", "t").stdout == "cosine to the original 0.9900, on 9 tokens\n"
+
+
 # -- progress
 
 
@@ -403,23 +443,19 @@ def test_wrong_models_and_texts(tiny):
 
 
 def test_verify_and_eval_see_what_was_written(tiny, text):
-    done = run("--recipe", "w8a8", "--model", tiny, "--data", text, "--out", "small", *SMALL)
+    done = run("--recipe", "w8a8", "--model", tiny, "--data", text, "--out", "small", *SMALL, "--json")
     assert done.exit_code == 0, (done.stdout, done.stderr, done.exception)
-    assert " ok" in done.stdout and "FAILED" not in done.stdout
-    assert json.loads(Path("small/manifest.json").read_text())["verification"]
-    report = json.loads(run("verify", "small", "--json").stdout)
-    assert report["ok"] and {row["runtime"] for row in report["checks"]} >= {"files", "torch"}
-    eval_arguments = ["eval", "small", "--against", tiny, "--text", text, "--windows", 4, "--length", 32]
-    figures = json.loads(run(*eval_arguments, "--json").stdout)
+    result = json.loads(done.stdout)
+    assert result["verified"] is True and {row["runtime"] for row in result["checks"]} >= {"files", "torch"}
+    assert json.loads(Path("small/manifest.json").read_text())["verification"] == result["checks"]
+
+    arguments = ["eval", "small", "--against", tiny, "--text", text, "--windows", 4, "--length", 32, "--json"]
+    figures = json.loads(run(*arguments).stdout)
     assert set(figures) == {"ppl", "ppl_low", "ppl_high", "base_ppl", "kl", "top1", "tokens"}
-    assert (
-        figures["tokens"] == 4 * 31
-        and 0 <= figures["kl"] < 0.1
-        and figures["ppl_low"] <= figures["ppl"] <= figures["ppl_high"]
-    )
-    through_onnx = json.loads(run(*eval_arguments, "--runtime", "onnx", "--json").stdout)
+    assert figures["tokens"] == 4 * 31 and 0 <= figures["kl"] < 0.1
+    assert figures["ppl_low"] <= figures["ppl"] <= figures["ppl_high"]
+    through_onnx = json.loads(run(*arguments, "--runtime", "onnx").stdout)
     assert through_onnx["ppl"] == pytest.approx(figures["ppl"], rel=0.01)
-    assert f"perplexity {figures['base_ppl']:.2f} -> {figures['ppl']:.2f}" in run(*eval_arguments).stdout
 
     weights = Path("small/model.safetensors")
     raw = bytearray(weights.read_bytes())
@@ -432,12 +468,11 @@ def test_verify_and_eval_see_what_was_written(tiny, text):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_leaves_nothing(tiny):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "compressor", "--recipe", "w4a4", "--model", str(tiny), "--out", "small"]
     Path("text.txt").write_text(TEXT * 12)
     # Many windows, so that calibration lasts longer than the signal takes.
     command += ["--data", "text.txt", "--set", "calibration.windows=350", "--set", "calibration.length=128"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen = []
     for line in process.stderr:
         seen.append(line)

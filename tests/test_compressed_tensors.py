@@ -50,7 +50,7 @@ Make = Callable[..., tuple[Artifact, Path]]
 
 @pytest.fixture(scope="module")
 def folder_of(tiny: Any, tiny_tokenizer: Any, prose: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """folder_of(*steps, family=…, recipe keys) -> the artifact and the folder that its safetensors export wrote, once."""
+    """folder_of(*steps, family=…, recipe keys) -> the artifact and the folder that its export wrote, once for each."""
     text = tmp_path_factory.mktemp("text") / "prose.txt"
     text.write_text(prose)
     made: dict[str, tuple[Artifact, Path]] = {}
@@ -58,7 +58,11 @@ def folder_of(tiny: Any, tiny_tokenizer: Any, prose: str, tmp_path_factory: pyte
     def run(*steps: dict[str, Any], family: str = "llama", config: dict[str, Any] | None = None, **recipe: Any) -> Any:
         key = repr((steps, family, config, recipe))
         if key not in made:
-            settings = {"calibration": {"windows": 2, "length": 32, "data": str(text)}, "exports": ["safetensors"], **recipe}
+            settings = {
+                "calibration": {"windows": 2, "length": 32, "data": str(text)},
+                "exports": ["safetensors"],
+                **recipe,
+            }
             full = Recipe.from_dict({**settings, "steps": [{"quantize": step} for step in steps]})
             artifact = compress(tiny(family, **(config or {})), full, tokenizer=tiny_tokenizer)
             made[key] = artifact, artifact.save(tmp_path_factory.mktemp("out") / "folder")
@@ -109,7 +113,9 @@ def test_bf16_load_has_our_weights_and_our_layers(folder_of: Make, scheme: str) 
         with torch.no_grad():
             found = model.get_submodule(name)(value)
             expected = build(packed)(value)
-        rows = sorted(relative(a, b) for a, b in zip(found.flatten(0, 1), expected.flatten(0, 1), strict=True) if b.any())
+        rows = sorted(
+            relative(a, b) for a, b in zip(found.flatten(0, 1), expected.flatten(0, 1), strict=True) if b.any()
+        )
         assert len(rows) == 17 and rows[8] < MEDIAN_TOLERANCE and rows[-1] < ROW_TOLERANCE, name
     if scheme in WEIGHT_ONLY:
         found, expected = logits(model), logits(artifact.model(dense=True))
@@ -215,7 +221,14 @@ def test_configs_are_those_of_the_librarys_presets(folder_of: Make, scheme: str)
     """Parsed by the library, each scheme equals its preset wherever there is one of that name."""
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-    presets = {"nvfp4": "NVFP4", "nvfp4a16": "NVFP4A16", "mxfp4": "MXFP4", "mxfp4a16": "MXFP4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
+    presets = {
+        "nvfp4": "NVFP4",
+        "nvfp4a16": "NVFP4A16",
+        "mxfp4": "MXFP4",
+        "mxfp4a16": "MXFP4A16",
+        "w8a8": "W8A8",
+        "fp8": "FP8_DYNAMIC",
+    }
     _, folder = folder_of(SCHEMES[scheme])
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     found = QuantizationConfig.model_validate(raw).config_groups["group_0"]
@@ -269,7 +282,7 @@ def test_a_config_that_does_not_fit_the_weights_is_one_sentence(folder_of: Make)
     _, folder = folder_of(SCHEMES["int4"])
     raw, tensors = json.loads((folder / "config.json").read_text()), safetensors_file.read(folder)
     tensors.pop("model.layers.0.mlp.up_proj.weight_scale")
-    with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj.weight_scale' is missing"):
+    with pytest.raises(ModelError, match=r"0\.mlp\.up_proj\.weight_scale' is missing"):
         hf_config.packed_from(raw, tensors)
     with pytest.raises(ModelError, match="no 'compressor' section"):
         hf_config.packed_from({"quantization_config": {}}, tensors)
@@ -287,7 +300,13 @@ def test_expressible_gives_reasons() -> None:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,7 @@ def sample() -> dict[str, Tensor]:
     """Every dtype, awkward sizes, an empty tensor, a scalar, a view and two tensors that share memory."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.tensor([512.0])
-    tensors = {
-        f"odd.{name}": (torch.rand(3, 7, generator=generator) * 100).to(dtype) for dtype, name in DTYPES.items()
-    }
+    tensors = {f"odd.{name}": (torch.rand(3, 7, generator=generator) * 100).to(dtype) for dtype, name in DTYPES.items()}
     return tensors | {
         "a.input_global_scale": shared,
         "b.input_global_scale": shared,
