@@ -58,11 +58,11 @@ def config_of(artifact: Artifact) -> dict[str, Any]:
     config |= _rope_for_transformers_4(config)
     config["architectures"] = config.get("architectures") or [type(stock).__name__]
     config["dtype"] = "bfloat16"
-    if artifact.packed:
-        reason = _reason(artifact, stock)
-        config["quantization_config"] = _refusal(reason) if reason else _dialect(artifact.packed, stock)
-        config[SECTION] = _section(artifact)
-    return config
+    if reason := _reason(artifact, stock):
+        config["quantization_config"] = _refusal(reason)
+    elif artifact.packed:
+        config["quantization_config"] = _dialect(artifact.packed, stock)
+    return config | {SECTION: _section(artifact)}
 
 
 def loads_in(artifact: Artifact) -> dict[str, str]:
@@ -91,11 +91,9 @@ def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     config   the JSON of config.json;  tensors   every stored tensor by name, aliases included
     Raises ModelError when the section is missing or damaged, or a tensor is absent.
     """
-    section = config.get(SECTION)
-    if section is None:
-        if "quantization_config" in config:
-            raise ModelError(f"config.json has no '{SECTION}' section, so the folder was not written by compressor.")
-        return {}
+    if SECTION not in config:
+        raise ModelError(f"config.json has no '{SECTION}' section, so the folder was not written by compressor.")
+    section = config[SECTION]
     if not isinstance(section, dict) or section.get("format") != SECTION_FORMAT:
         raise ModelError(
             f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT}; use the version that wrote it."

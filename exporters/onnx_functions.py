@@ -13,7 +13,7 @@ What is left out: which tensor of the file an input is (onnx_graph.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,25 +77,24 @@ class Body:
         return node.outputs[0]
 
 
-def _blocks(op: Body, values: ir.Value, size: int) -> ir.Value:
-    return op.Reshape(values, [0, -1, size])
-
-
 def _flat(op: Body, values: ir.Value) -> ir.Value:
     return op.Reshape(values, [0, -1])
 
 
-def _lanes(op: Body, packed: ir.Value, bits: int) -> ir.Value:
-    """uint8 [N, bytes] -> uint8 [N, bytes * 8 / bits], the lowest bits first."""
-    mask = np.array((1 << bits) - 1, np.uint8)
-    shifts = [np.array(s, np.uint8) for s in range(0, 8, bits)]
-    lanes = [op.BitwiseAnd(op.BitShift(packed, s, direction="RIGHT"), mask) for s in shifts]
-    return _flat(op, op.Concat(*[op.Unsqueeze(lane, [-1]) for lane in lanes], axis=-1))
+def _lookup(op: Body, packed: ir.Value, values: Sequence[float]) -> ir.Value:
+    """uint8 [..., B] -> float32 [..., B, elements of a byte], for the values of all codes; low bits first.
+
+    One table of 256 bytes instead of shifts and masks: a runtime that folds the body at load time makes one pass.
+    """
+    bits = (len(values) - 1).bit_length()
+    codes = np.arange(256)[:, None] >> np.arange(0, 8, bits) & (len(values) - 1)
+    return op.Gather(np.array(values, np.float32)[codes], op.Cast(packed, to=INT32))
 
 
 def _matmul(op: Body, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    return y if bias is None else op.Add(y, bias)
+    rows = op.Flatten(x, axis=-1)
+    y = op.Gemm(rows, weight, *([] if bias is None else [bias]), transB=1)
+    return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), [-1], axis=0))
 
 
 def _round_e2m1(op: Body, x: ir.Value) -> ir.Value:
@@ -165,14 +164,13 @@ def _token_scale(op: Body, x: ir.Value, top: float) -> ir.Value:
 
 
 def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    codes = op.Cast(_lanes(op, v["weight_packed"], 4), to=INT32)
-    table = np.array(E2M1_VALUES + tuple(-e for e in E2M1_VALUES), np.float32)
+    packed = op.Reshape(v["weight_packed"], [0, -1, a["block_size"] // 2])
+    values = _lookup(op, packed, E2M1_VALUES + tuple(-e for e in E2M1_VALUES))
     if a["format"] == "nvfp4":
         step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
     else:
         step = _e8m0_values(op, v["weight_scale"])
-    values = _blocks(op, op.Gather(table, codes), a["block_size"])
-    weight = _flat(op, op.Mul(values, op.Unsqueeze(step, [-1])))
+    weight = _flat(op, op.Mul(values, op.Unsqueeze(step, [-1, -2])))
     x = v["x"]
     if a["activations"] == "nvfp4":
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
@@ -184,7 +182,7 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
 def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any]) -> ir.Value:
     """Offset binary uint8 [N, bytes], float32 scales [N, groups] -> float32 [N, K]."""
     bits, size, features = a["bits"], a["group_size"], a["in_features"]
-    values = op.Sub(op.Cast(_lanes(op, packed, bits), to=FLOAT), float(1 << (bits - 1)))
+    values = _flat(op, _lookup(op, packed, range(-(1 << (bits - 1)), 1 << (bits - 1))))
     if size:
         repeated = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, size])
         scale = op.Slice(_flat(op, repeated), [0], [features], [1])

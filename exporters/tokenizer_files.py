@@ -1,7 +1,7 @@
 """The tokenizer's files, written so that every reader splits text alike.
 
 tokenizer.json says everything about a fast tokenizer; readers disagree only through the class that the file
-tokenizer_config.json names. transformers 5 rebuilds some classes (a LlamaTokenizer) by its own rules, version 4 does not
+tokenizer_config.json names. transformers 5 rebuilds some classes (a LlamaTokenizer) by its own rules, version 4 doesn't
 know version 5's names, onnxruntime-genai has a list of its own. `PreTrainedTokenizerFast` is the class that all of them
 know and take literally, so that is what is written, with the few settings that a class would have implied. Vocabulary
 copies (vocab.json, tokenizer.model) are left out: nobody reads them beside tokenizer.json. A tokenizer without a fast

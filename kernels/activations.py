@@ -53,7 +53,7 @@ def mxfp4(x: Tensor) -> Tensor:
 
 def int8_per_token(x: Tensor) -> Tensor:
     """One scale a token: amax / 127.5, codes in [-128, 127]."""
-    step = token_scale(x, 127.0)
+    step = token_scale(x, 127.5)
     return torch.round(x / step).clamp(-128, 127) * step
 
 

@@ -248,6 +248,7 @@ def test_configs_are_those_of_the_librarys_presets(folder_of: Make, scheme: str)
         ("llama", SCHEMES["int4"], {"embedding": "int8"}, "model.embed_tokens: a quantized embedding"),
         ("llama", {"weights": "int4", "group_size": 64, "on_misfit": "pad"}, {}, "input is padded by 32"),
         ("gpt2", SCHEMES["int4"], {}, "is a Conv1D"),
+        ("gpt2", {"weights": "int4", "group_size": 128, "on_misfit": "keep"}, {}, "is a Conv1D"),  # nothing compressed
     ],
 )
 def test_what_the_dialect_cannot_say_is_refused_and_not_run_on_random_weights(
