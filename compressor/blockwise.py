@@ -55,37 +55,41 @@ def run_blocks(
     around: Callable[[str], AbstractContextManager[None]],
     progress: Progress,
     device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Run windows [S, L] through the first len(named) blocks; `around(block name)` is entered for each block forward.
 
+    dtype: what matrix products are computed in (autocast); hidden states and statistics stay float32.
     device: where blocks run, each moved there and back; None leaves everything where it is. Raises ModelError.
     """
-    calls = _record(model, windows[0], named)
-    if len(windows) > 1:
-        again = _record(model, windows[-1], named)
-        for (name, _), a, b in zip(named, calls, again, strict=True):
-            if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
-                raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
-    with tempfile.TemporaryFile(prefix="compressor-") as file:
-        spool = _Spool(file)
-        for i, window in enumerate(windows):
-            spool.write(i, _first_hidden(model, window, named[0][1]))
-        progress.stage("calibrate", len(named) * len(windows))
-        for (name, block), call in zip(named, calls, strict=True):
-            home = next((p.device for p in block.parameters()), torch.device("cpu"))
-            target = home if device is None else torch.device(device)
-            block.to(target)
-            args, kwargs = _move(call.args, target), _move(call.kwargs, target)
-            moved = Call(args, kwargs, call.sample)
-            for i in range(len(windows)):
-                hidden = spool.read(i)
-                if i == 0:
-                    _require_same(name, _sample(hidden), call.sample)
-                with around(name):
-                    hidden = moved.run(block, hidden.to(target))
-                spool.write(i, hidden)
-                progress.advance()
-            block.to(home)
+    kind = torch.device(device).type if device is not None else next(model.parameters()).device.type
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        calls = _record(model, windows[0], named)
+        if len(windows) > 1:
+            again = _record(model, windows[-1], named)
+            for (name, _), a, b in zip(named, calls, again, strict=True):
+                if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
+                    raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
+        with tempfile.TemporaryFile(prefix="compressor-") as file:
+            spool = _Spool(file)
+            for i, window in enumerate(windows):
+                spool.write(i, _first_hidden(model, window, named[0][1]))
+            progress.stage("calibrate", len(named) * len(windows))
+            for (name, block), call in zip(named, calls, strict=True):
+                home = next((p.device for p in block.parameters()), torch.device("cpu"))
+                target = home if device is None else torch.device(device)
+                block.to(target)
+                args, kwargs = _move(call.args, target), _move(call.kwargs, target)
+                moved = Call(args, kwargs, call.sample)
+                for i in range(len(windows)):
+                    hidden = spool.read(i)
+                    if i == 0:
+                        _require_same(name, _sample(hidden), call.sample)
+                    with around(name):
+                        hidden = moved.run(block, hidden.to(target)).float()
+                    spool.write(i, hidden)
+                    progress.advance()
+                block.to(home)
 
 
 def _record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:

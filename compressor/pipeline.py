@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor import data as text
 from compressor import evaluate
 from compressor.artifact import Artifact
-from compressor.calibrate import calibrate
+from compressor.calibrate import calibrate, fast_dtype
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build
 from compressor.methods.quantize import Placement
@@ -85,17 +85,21 @@ def compress(
     source = data if data is not None else recipe.calibration.data
     content, described = text.text_of(source)
     if source is None:
-        progress.note(described)
+        progress.note(f"calibrating on {described}")
     count, length = recipe.calibration.windows, recipe.calibration.length
     windows = _windows(loaded, content, count, length)
+    if len(windows) < count:
+        progress.note(f"the text has {len(windows)} windows of {length} tokens, {count} were asked for")
 
+    chosen = recipe.calibration.dtype
+    dtype = fast_dtype(next(loaded.model.parameters()).device) if chosen == "auto" else getattr(torch, chosen)
     layers = linears(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
     for number, step in enumerate(recipe.steps, 1):
         names = {n: layers[n] for n, (owner, place) in placed.items() if owner is step and place.kept is None}
         needs = step.options.needs()
-        calibration = calibrate(loaded.model, windows, needs, set(names), progress) if needs else None
+        calibration = calibrate(loaded.model, windows, needs, set(names), progress, dtype=dtype) if needs else None
         if calibration is not None and calibration.unseen:
             progress.note(
                 f"{len(calibration.unseen)} layers saw no calibration token and use unweighted scales: "
@@ -122,7 +126,7 @@ def compress(
         generation_config=getattr(loaded.model, "generation_config", None),
         record={
             "model": loaded.source,
-            "calibration": {"text": described, "windows": len(windows), "length": length},
+            "calibration": {"text": described, "windows": len(windows), "length": length, "dtype": str(dtype)[6:]},
             "layers": details,
             "kept": {n: p.kept for n, (_, p) in placed.items() if p.kept}
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},

@@ -33,11 +33,15 @@ class _Frozen(BaseModel):
 
 
 class Calibration(_Frozen):
-    """Which text is run through the model to measure it: `windows` windows of `length` tokens."""
+    """Which text is run through the model to measure it: `windows` windows of `length` tokens.
+
+    `dtype` is what its matrix products are computed in; auto takes bfloat16 where the processor has it, else float32.
+    """
 
     data: str | None = None  # None: prose that every Python ships
     windows: Annotated[int, Field(ge=1)] = 64
     length: Annotated[int, Field(ge=2)] = 512
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class Step(_Frozen):

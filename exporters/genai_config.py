@@ -73,14 +73,18 @@ def _asked(artifact: Artifact, name: str, default: Any = None) -> Any:
 
 
 def _tokens(artifact: Artifact) -> dict[str, Any]:
-    """Special tokens. A model without a padding or first token pads and starts with the one that ends its text."""
-    eos = _asked(artifact, "eos_token_id", getattr(artifact.tokenizer, "eos_token_id", None))
-    if eos is None:
-        eos = artifact.config.get_text_config(decoder=True).vocab_size  # an id that is never generated
-    first = eos[0] if isinstance(eos, list) else eos
+    """Special tokens. A model without a padding or first token pads and starts with the one that ends its text.
+
+    The file must name them all, and none beyond the vocabulary, whatever the config says: no list entry ends a text
+    that has no end token.
+    """
+    asked = _asked(artifact, "eos_token_id", getattr(artifact.tokenizer, "eos_token_id", None))
+    vocabulary = artifact.config.get_text_config(decoder=True).vocab_size
+    ends = [token for token in (asked if isinstance(asked, list) else [asked]) if token is not None and token < vocabulary]
+    first = ends[0] if ends else 0
     return {
         "bos_token_id": _asked(artifact, "bos_token_id", first),
-        "eos_token_id": eos,
+        "eos_token_id": ends,
         "pad_token_id": _asked(artifact, "pad_token_id", first),
     }
 

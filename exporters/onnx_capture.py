@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compressor.exporters import onnx_functions
+from compressor.errors import OutputError
+from compressor.exporters import onnx_functions, onnx_tracing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -109,7 +110,8 @@ def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     try:
         model.set_attn_implementation("eager")  # the others look at the mask's values
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            cache = model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=True).past_key_values
+            ids = torch.ones(1, 2, dtype=torch.long)
+            cache = model(input_ids=ids, attention_mask=ids, use_cache=True).past_key_values
     finally:
         model.set_attn_implementation(attention)
     return [tuple((t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)) for layer in cache.layers]
@@ -146,25 +148,34 @@ def capture(model: nn.Module, kind: str) -> ir.Model:
     """The graph of a float32 model, every weight an initializer named as in its state_dict.
 
     Compressed modules are single nodes named like the module. Nothing else keeps a name or metadata: the exporter's
-    contain paths and stack traces.
+    contain paths and stack traces. Raises OutputError for a model that cannot be traced.
     """
+    try:
+        return _capture(model, kind)
+    except Exception as error:  # the tracer and the exporter raise dozens of classes
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        raise OutputError(
+            f"{type(model).__name__} cannot be written as an ONNX graph ({lines[0][:300]}); leave onnx out of the recipe's exports."
+        ) from error
+
+
+def _capture(model: nn.Module, kind: str) -> ir.Model:
     what = signature(model, kind)
     free = torch.export.Dim.DYNAMIC
     dims = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: {0: free, 1: free} if t.dim() == 2 else {0: free, 2: free}, what.inputs
     )
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(what.module, what.inputs, dynamic_shapes=dims, strict=False)
-        graph = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
+    with _quiet():
+        graph = onnx_tracing.to_onnx(
+            onnx_tracing.trace(what.module, what.inputs, dims),
+            onnx_functions.translation_table(),
             opset_version=onnx_functions.OPSET,
             input_names=list(what.shapes),
             output_names=list(what.results),
-            custom_translation_table=onnx_functions.translation_table(),
-        ).model
+        )
     _tidy(graph, what)
     return graph
 
@@ -188,6 +199,7 @@ def _tidy(model: ir.Model, what: Signature) -> None:
         if value.uses():
             graph.register_initializer(value)
     for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
         named = (what.shapes | what.results)[value.name]
         value.shape = ir.Shape([value.shape[i] if name == -1 else name for i, name in enumerate(named)])
     graph.metadata_props.clear()

@@ -53,9 +53,10 @@ FORMATS = {
 
 def round_e2m1(x: Tensor) -> Tensor:
     """The nearest E2M1 value of each element, float32, saturating at ±6. Any shape."""
-    magnitude = x.abs().clamp(max=E2M1_MAX)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.round(magnitude / step) * step * torch.sign(x)
+    x = x.float().clamp(-E2M1_MAX, E2M1_MAX)
+    # The step is half the power of two at or below |x|, which its exponent bits alone spell, and 0.5 below 1.
+    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(0.5)
+    return (x / step).round_().mul_(step)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ E8M0_STEPS = (-1, 1)
 # Multiples of the abs-max scale for integer and FP8 formats, whose scales are bf16.
 RATIOS = tuple(1.0 - 0.025 * i for i in range(1, 21))
 
-ROWS_AT_ONCE = 1 << 21  # elements; keeps the working set of one chunk in the cache
+CHUNK_ELEMENTS = 1 << 18  # keeps the working set of one chunk in the cache: 1.5 times as fast as 2 M
 
 
 def best_scale(
@@ -54,5 +54,5 @@ def best_scale(
 
 def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over chunks of rows of weight [N, ...], concatenated."""
-    rows = max(1, ROWS_AT_ONCE // max(1, weight[0].numel()))
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight[0].numel()))
     return torch.cat([function(chunk) for chunk in weight.split(rows)])

@@ -1,0 +1,223 @@
+"""Every body, run by stock onnxruntime, against the torch op on the same input."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.exporters import onnx_functions
+from compressor.kernels import codec
+from compressor.kernels.fp4_linear import fp4_linear
+from compressor.kernels.fp8_linear import fp8_linear
+from compressor.kernels.int_embedding import int_embedding
+from compressor.kernels.int_linear import int_linear
+
+K, N = 96, 40
+INPUT_DIVISOR = torch.tensor([23.5])
+# float32 sums of 96 products in another order; a wrong code or scale is off by a thousand times this.
+TOLERANCE = 2e-6
+
+
+def as_onnx(tensor: Tensor) -> np.ndarray:
+    """The same bytes as an array of the ONNX dtype."""
+    import ml_dtypes
+
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.contiguous().numpy()
+
+
+def runner(op_type: str, attributes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """x -> y of a model that is one node; `tensors` are the other inputs by name."""
+    names = onnx_functions.INPUTS[op_type]
+    kind = ir.DataType.INT64 if names[0] == "ids" else ir.DataType.FLOAT
+    x = ir.Value(name=names[0], type=ir.TensorType(kind))
+    values: list[ir.Value | None] = [x]
+    for name in names[1:]:
+        tensor = tensors.get(name)
+        values.append(None if tensor is None else ir.val(name, const_value=ir.tensor(as_onnx(tensor), name=name)))
+    node = ir.node(op_type, values, attributes, domain=onnx_functions.DOMAIN)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": onnx_functions.OPSET, onnx_functions.DOMAIN: onnx_functions.VERSION}
+    constants = [v for v in values[1:] if v is not None]
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=constants, opset_imports=opsets, name="one_node")
+    model = ir.Model(graph, ir_version=10)
+    onnx_functions.attach_bodies(model)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda given: torch.from_numpy(session.run(None, {names[0]: given.numpy()})[0])
+
+
+def activations() -> Iterator[Tensor]:
+    """Awkward token counts and batch dims; wide ranges, zero blocks and tokens, ties, huge and subnormal values."""
+    generator = torch.Generator().manual_seed(1)
+    for shape in [(1, K), (3, K), (65, K), (2, 3, K), (1, 1, K)]:
+        normal = torch.randn(shape, generator=generator)
+        wide = normal * torch.exp2(torch.randint(-12, 12, shape, generator=generator).float())
+        wide[..., :32] = 0
+        yield wide
+        yield torch.zeros(shape)
+        yield torch.randint(-13, 13, shape, generator=generator) * 0.25
+        tokens = (*shape[:-1], 1)
+        yield normal * torch.exp2(torch.randint(-140, 100, tokens, generator=generator).float())
+        edge = torch.exp2(torch.randint(-3, 3, tokens, generator=generator).float())
+        yield normal.clamp(-1, 1) * 0.1 + edge * torch.tensor([1.75, 7.0, *[0.0] * (K - 2)])
+
+
+def same_bits(found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor]) -> None:
+    for x in activations():
+        assert torch.equal(found(x), expected(x))
+
+
+def close(found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor]) -> None:
+    """Token by token, so that large ones do not hide small ones."""
+    for x in activations():
+        y, reference = found(x), expected(x)
+        tiny = torch.finfo(torch.float32).tiny * K
+        assert ((y - reference).abs().amax(-1) <= TOLERANCE * reference.abs().amax(-1) + tiny).all()
+
+
+def fp4_weight(format: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(packed, scales, divisor) of a weight."""
+    if format == "mxfp4":
+        blocks = codec.blocks_of(weight, 32)
+        scale = codec.mxfp4_block_exponent(blocks.abs().amax(-1))
+        step, divisor = codec.e8m0_values(scale), None
+    else:
+        blocks = codec.blocks_of(weight, 16)
+        divisor = codec.nvfp4_weight_divisor(weight.abs().max())
+        scale = codec.to_e4m3(codec.nvfp4_block_scale(blocks.abs().amax(-1), divisor))
+        step = scale.float() / divisor
+    codes = codec.e2m1_codes(codec.round_e2m1(blocks / step.unsqueeze(-1)))
+    return codec.pack_nibbles(codes.flatten(-2)), scale, divisor
+
+
+FP4_RULES = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False)]
+
+
+def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any]:
+    packed, scale, divisor = fp4_weight(format, weight)
+    given = INPUT_DIVISOR if rule == "nvfp4" else None
+    attributes = {
+        "format": format,
+        "activations": rule,
+        "four_over_six": int(four_over_six),
+        "block_size": 16 if format == "nvfp4" else 32,
+    }
+    tensors = {
+        "weight_packed": packed,
+        "weight_scale": scale,
+        "weight_global_scale": divisor,
+        "input_global_scale": given,
+        "bias": bias,
+    }
+    ours = runner("FP4Linear", attributes, tensors)
+    return ours, lambda x: fp4_linear(x, packed, scale, divisor, given, bias, format, rule, four_over_six)
+
+
+@pytest.mark.parametrize(("rule", "four_over_six"), FP4_RULES)
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fp4_quantizes_activations_to_the_same_bits(format: str, rule: str, four_over_six: bool) -> None:
+    # A weight of ones on the diagonal hands the quantized activations through.
+    same_bits(*fp4(format, rule, four_over_six, torch.eye(K), None))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fp4_multiplies(format: str, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(N, K) * torch.exp2(torch.randn(N, 1) * 4), torch.randn(N) if has_bias else None
+    close(*fp4(format, "none", False, weight, bias))
+    close(*fp4(format, format, False, weight, bias))
+
+
+def words(values: Tensor, bits: int) -> Tensor:
+    """Packed as the file stores them, seen as bytes."""
+    return codec.pack_int(values, bits).view(torch.uint8)
+
+
+@pytest.mark.parametrize(("features", "group"), [(96, 0), (96, 24), (50, 0), (50, 5)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_int_weights_that_the_stock_op_cannot_read(bits: int, features: int, group: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randint(-(1 << bits - 1), 1 << bits - 1, (N, features))
+    scale = torch.rand(N, features // group if group else 1) + 0.5
+    packed, bias = codec.pack_int(values, bits), torch.randn(N)
+    attributes = {"bits": bits, "group_size": group, "in_features": features}
+    linear = attributes | {"activations": "none", "packed": 1}
+    found = runner("IntLinear", linear, {"weight": words(values, bits), "weight_scale": scale, "bias": bias})
+    x = torch.randn(3, features)
+    expected = int_linear(x, packed, scale, bias, bits, group, "none")
+    assert (found(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    rows = runner("IntEmbedding", attributes, {"weight_packed": words(values, bits), "weight_scale": scale})
+    for shape in [(1, 1), (2, 7), (5,)]:
+        ids = torch.randint(0, N, shape)
+        assert torch.equal(rows(ids), int_embedding(ids, packed, scale, bits, group, features))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_activations(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    attributes = {"bits": 8, "group_size": 0, "activations": "int8", "packed": 0, "in_features": K}
+    eye, ones = torch.eye(K, dtype=torch.int8), torch.ones(K, 1)
+    same_bits(
+        runner("IntLinear", attributes, {"weight": eye, "weight_scale": ones}),
+        lambda x: int_linear(x, eye, ones, None, 8, 0, "int8"),
+    )
+    values, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N, 1) + 0.5
+    bias = torch.randn(N) if has_bias else None
+    for rule in ("int8", "none"):
+        close(
+            runner("IntLinear", attributes | {"activations": rule}, {"weight": values, "weight_scale": scale, "bias": bias}),
+            lambda x, rule=rule: int_linear(x, values, scale, bias, 8, 0, rule),
+        )
+
+
+@pytest.mark.parametrize("rule", ["none", "fp8"])
+def test_fp8(rule: str) -> None:
+    torch.manual_seed(0)
+    eye, ones = torch.eye(K).to(torch.float8_e4m3fn), torch.ones(K, 1)
+    same_bits(
+        runner("FP8Linear", {"activations": rule}, {"weight": eye, "weight_scale": ones}),
+        lambda x: fp8_linear(x, eye, ones, None, rule),
+    )
+    values, scale, bias = codec.to_e4m3(torch.randn(N, K) * 100), torch.rand(N, 1) + 0.5, torch.randn(N)
+    close(
+        runner("FP8Linear", {"activations": rule}, {"weight": values, "weight_scale": scale, "bias": bias}),
+        lambda x: fp8_linear(x, values, scale, bias, rule),
+    )
+
+
+def test_every_byte_of_a_table_is_read_right() -> None:
+    for bits in (2, 4, 8):
+        every = torch.arange(256, dtype=torch.uint8).repeat(1, 1)
+        values = every.view(torch.int32)
+        scale = torch.ones(1, 1)
+        features = 256 * 8 // bits
+        attributes = {"bits": bits, "group_size": 0, "in_features": features}
+        rows = runner("IntEmbedding", attributes, {"weight_packed": every, "weight_scale": scale})
+        ids = torch.zeros(1, dtype=torch.int64)
+        assert torch.equal(rows(ids), codec.unpack_int(values, bits, features).float())
+
+
+def test_overloads_tell_specialisations_apart() -> None:
+    named = set()
+    for (rule, four_over_six), format in itertools.product(FP4_RULES, ["nvfp4", "mxfp4"]):
+        attributes = {"format": format, "activations": rule, "four_over_six": int(four_over_six), "block_size": 16}
+        for present in (set(), {"bias"}):
+            named.add(onnx_functions.overload("FP4Linear", attributes, present))
+    assert len(named) == 2 * 2 * len(FP4_RULES)
+
+
+@pytest.mark.parametrize(
+    ("features", "group", "block"), [(576, 64, 64), (576, 0, 64), (1536, 0, 256), (96, 48, 16), (96, 24, None), (50, 0, None)]
+)
+def test_stock_op_reads_any_multiple_of_16(features: int, group: int, block: int | None) -> None:
+    assert onnx_functions.stock_block(features, group) == block
