@@ -141,6 +141,7 @@ def tokenizer_of(header: Header) -> Any | None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=get(f"{architecture}.context_length", int(1e30)),
         **special,
     )

@@ -93,6 +93,10 @@ def compress(
 
     chosen = recipe.calibration.dtype
     dtype = fast_dtype(next(loaded.model.parameters()).device) if chosen == "auto" else getattr(torch, chosen)
+    held_out = None
+    if measure:  # read before the long work: a typo should not cost the compression
+        given = content if source is not None else None
+        held_out = _quality_windows(loaded, given, quality_text, len(windows), length)
     layers = linears(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
@@ -132,10 +136,8 @@ def compress(
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
         },
     )
-    if measure:
-        held_out = _quality_windows(loaded, content if source is not None else None, quality_text, len(windows), length)
-        if held_out is not None:
-            artifact.record["quality"] = _quality(loaded, artifact, held_out, progress)
+    if held_out is not None:
+        artifact.record["quality"] = _quality(loaded, artifact, held_out, progress)
     return artifact
 
 

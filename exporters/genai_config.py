@@ -30,7 +30,7 @@ def write(artifact: Artifact, graph: ir.Model, folder: Path) -> Path:
 def describe(artifact: Artifact, graph: ir.Model) -> dict[str, Any]:
     """The content of the file. Names and cache sizes are the graph's, tokens and search defaults the model's."""
     config = artifact.config.get_text_config(decoder=True)
-    inputs = {value.name: value for value in graph.graph.inputs}
+    inputs: dict[str, Any] = {str(value.name): value for value in graph.graph.inputs}
     key = inputs["past_key_values.0.key"]
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     context = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH
@@ -80,7 +80,8 @@ def _tokens(artifact: Artifact) -> dict[str, Any]:
     """
     asked = _asked(artifact, "eos_token_id", getattr(artifact.tokenizer, "eos_token_id", None))
     vocabulary = artifact.config.get_text_config(decoder=True).vocab_size
-    ends = [token for token in (asked if isinstance(asked, list) else [asked]) if token is not None and token < vocabulary]
+    given = asked if isinstance(asked, list) else [asked]
+    ends = [token for token in given if token is not None and token < vocabulary]
     first = ends[0] if ends else 0
     return {
         "bos_token_id": _asked(artifact, "bos_token_id", first),

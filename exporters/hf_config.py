@@ -53,7 +53,7 @@ def config_of(artifact: Artifact) -> dict[str, Any]:
     """The content of config.json."""
     stock = _stock_model(artifact)
     config = json.loads(artifact.config.to_json_string(use_diff=True))
-    for name in ("_name_or_path", "torch_dtype", "quantization_config", SECTION):
+    for name in ("_name_or_path", "dtype", "torch_dtype", "quantization_config", SECTION):
         config.pop(name, None)
     config |= _rope_for_transformers_4(config)
     config["architectures"] = config.get("architectures") or [type(stock).__name__]

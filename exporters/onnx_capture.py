@@ -4,7 +4,7 @@
     encoder          input_ids, attention_mask, token_type_ids -> last_hidden_state
 
 Batch, sequence and past are dynamic, and the past may be empty. Whether a module is compressed is invisible here: it
-calls a registered op, and `onnx_functions` knows that op's node. What is left out: weights (onnx_weights.py).
+calls a registered op, and `onnx_nodes` knows that op's node. What is left out: weights (onnx_weights.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import OutputError
-from compressor.exporters import onnx_functions, onnx_tracing
+from compressor.exporters import onnx_nodes, onnx_tracing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,8 +102,8 @@ def filled_cache(past: list[tuple[Tensor, Tensor]]) -> Any:
     return cache
 
 
-def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Per layer ((heads, size) of keys, (heads, size) of values), asked of the model without computing anything."""
+def cache_shapes(model: Any) -> list[list[tuple[int, int]]]:
+    """Per layer [(heads, size) of keys, (heads, size) of values], asked of the model without computing anything."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     attention = model.config._attn_implementation
@@ -114,7 +114,7 @@ def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
             cache = model(input_ids=ids, attention_mask=ids, use_cache=True).past_key_values
     finally:
         model.set_attn_implementation(attention)
-    return [tuple((t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)) for layer in cache.layers]
+    return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
 def signature(model: Any, kind: str) -> Signature:
@@ -127,7 +127,8 @@ def signature(model: Any, kind: str) -> Signature:
         types = None
         if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1:
             shapes["token_type_ids"], types = tokens, torch.zeros_like(ids)
-        return Signature(Encoder(model), (ids, torch.ones_like(ids), types), shapes, {"last_hidden_state": (*tokens, -1)})
+        inputs = (ids, torch.ones_like(ids), types)
+        return Signature(Encoder(model), inputs, shapes, {"last_hidden_state": (*tokens, -1)})
     shapes = {"input_ids": tokens, "attention_mask": (BATCH, TOTAL)}
     positions = None
     if "position_ids" in accepted:
@@ -158,7 +159,8 @@ def capture(model: nn.Module, kind: str) -> ir.Model:
             cause = cause.__cause__
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         raise OutputError(
-            f"{type(model).__name__} cannot be written as an ONNX graph ({lines[0][:300]}); leave onnx out of the recipe's exports."
+            f"{type(model).__name__} cannot be written as an ONNX graph ({lines[0][:300]}); "
+            f"leave onnx out of the recipe's exports."
         ) from error
 
 
@@ -171,8 +173,8 @@ def _capture(model: nn.Module, kind: str) -> ir.Model:
     with _quiet():
         graph = onnx_tracing.to_onnx(
             onnx_tracing.trace(what.module, what.inputs, dims),
-            onnx_functions.translation_table(),
-            opset_version=onnx_functions.OPSET,
+            onnx_nodes.translation_table(),
+            opset_version=onnx_nodes.OPSET,
             input_names=list(what.shapes),
             output_names=list(what.results),
         )
@@ -188,7 +190,7 @@ def _tidy(model: ir.Model, what: Signature) -> None:
     graph = model.graph
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        compressed = node.domain in (onnx_functions.DOMAIN, onnx_functions.STOCK_DOMAIN)
+        compressed = node.domain in (onnx_nodes.DOMAIN, onnx_nodes.STOCK_DOMAIN)
         node.name = scopes[-2].removeprefix(PREFIX) if compressed else None
         for value in node.outputs:
             if not value.is_graph_output():
@@ -196,12 +198,15 @@ def _tidy(model: ir.Model, what: Signature) -> None:
     for name in list(graph.initializers):
         value = graph.initializers.pop(name)
         value.name = name.removeprefix(PREFIX)
+        value.metadata_props.clear()
         if value.uses():
             graph.register_initializer(value)
+    named = what.shapes | what.results
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
-        named = (what.shapes | what.results)[value.name]
-        value.shape = ir.Shape([value.shape[i] if name == -1 else name for i, name in enumerate(named)])
+        assert value.shape is not None and value.name is not None
+        dims = zip(value.shape, named[value.name], strict=True)
+        value.shape = ir.Shape([found if name == -1 else name for found, name in dims])
     graph.metadata_props.clear()
     model.producer_name, model.producer_version = "compressor", None
     common.ClearMetadataAndDocStringPass()(model)

@@ -1,8 +1,8 @@
 """model.onnx: one graph with a KV cache whose weights are the bytes of model.safetensors.
 
 Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
-here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_functions (nodes and bodies of the
-compressed modules), onnx_weights (initializers). Below them are two views of a written graph that verification uses.
+here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_nodes and onnx_functions (compressed
+modules and what they compute), onnx_weights (initializers). Below: two views of a written graph for verification.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import OutputError
-from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_weights
+from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_nodes, onnx_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.safetensors"
-PROTOBUF_LIMIT = 2**31 - 1
 
 
 def export(artifact: Artifact, folder: Path) -> list[Path]:
@@ -33,13 +32,15 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 
     weights = folder / WEIGHTS
     if not weights.is_file():
-        raise OutputError(f"The onnx export points into {WEIGHTS}, which is not there; add safetensors to the recipe's exports.")
+        raise OutputError(
+            f"The onnx export points into {WEIGHTS}, which is not there; add safetensors to the recipe's exports."
+        )
     model = artifact.model()
     state = model.state_dict().keys()
     graph = onnx_capture.capture(model, artifact.kind)
     onnx_weights.bind(graph, weights, artifact.tied, state)
     onnx_functions.attach_bodies(graph)
-    graph.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION
+    graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION
     path = folder / GRAPH
     path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
     if artifact.kind != "causal-lm":
@@ -52,7 +53,7 @@ def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[s
 
     The values are the module's, not the node's: before padding, after an embedding's multiplier.
     """
-    domains = (onnx_functions.DOMAIN, onnx_functions.STOCK_DOMAIN)
+    domains = (onnx_nodes.DOMAIN, onnx_nodes.STOCK_DOMAIN)
     producer = {out: node for node in graph.graph.node for out in node.output}
     users: dict[str, list[Any]] = {}
     for node in graph.graph.node:
@@ -78,7 +79,7 @@ def smooth_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
 
     model = ir.from_proto(graph)
     for node in model.graph:
-        if node.domain == onnx_functions.DOMAIN and "activations" in node.attributes:
+        if node.domain == onnx_nodes.DOMAIN and "activations" in node.attributes:
             node.attributes["activations"] = ir.AttrString("activations", "none")
     onnx_functions.attach_bodies(model)
     return ir.to_proto(model)

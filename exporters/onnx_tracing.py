@@ -26,13 +26,23 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], dims: Any) -> torch.export
 
 def to_onnx(program: torch.export.ExportedProgram, table: Mapping[Any, Callable[..., Any]], **options: Any) -> Any:
     """The onnx_ir model of a program; `table` translates operators that the exporter does not know."""
-    options |= {"dynamo": True, "optimize": False, "verbose": False}
+
+    def export(table: dict[Any, Callable[..., Any]]) -> Any:
+        result = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, custom_translation_table=table, **options
+        )
+        assert result is not None
+        return result.model
+
     if _is_plain(program.graph):
-        # Tell the exporter that decomposing gives the same program.
-        with mock.patch.object(program, "run_decompositions", lambda *_: program):
-            with contextlib.suppress(torch.onnx.errors.OnnxExporterError):  # an operator that only its parts can express
-                return torch.onnx.export(program, custom_translation_table={**table, **_left_over()}, **options).model
-    return torch.onnx.export(program, custom_translation_table=dict(table), **options).model
+        # Tell the exporter that decomposing gives the same program; should an operator have no translation of its own,
+        # its parts may.
+        with (
+            contextlib.suppress(torch.onnx.errors.OnnxExporterError),
+            mock.patch.object(program, "run_decompositions", lambda *_: program),
+        ):
+            return export({**table, **_left_over()})
+    return export(dict(table))
 
 
 def _is_plain(graph: torch.fx.Graph) -> bool:

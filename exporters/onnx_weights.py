@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import OutputError
-from compressor.exporters.onnx_functions import DOMAIN, STOCK_DOMAIN
+from compressor.exporters.onnx_nodes import DOMAIN, STOCK_DOMAIN
 from compressor.exporters.safetensors_file import header
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ def bind(model: ir.Model, weights: Path, tied: Mapping[str, str], state: Collect
         source = tied.get(name, name)
         if source in file.entries:
             file.replace(value, source)
-        elif name in state or value.const_value.nbytes >= INLINE_BYTES:
+        elif name in state or value.const_value is None or value.const_value.nbytes >= INLINE_BYTES:
             raise OutputError(
-                f"{weights.name}: '{name}' {list(value.shape)} of the ONNX graph is not in the file, and the graph may only "
-                f"hold computed constants below {INLINE_BYTES // 1024} KB; leave onnx out of the recipe's exports."
+                f"{weights.name}: '{name}' {_shape(value)} of the ONNX graph is not in the file, and the graph may "
+                f"only hold computed constants below {INLINE_BYTES // 1024} KB; leave onnx out of the recipe's exports."
             )
         else:
             model.graph.register_initializer(value)
@@ -69,9 +69,9 @@ class _File:
         """The stored tensor, or its bytes as uint8 in the shape `view`."""
         import onnx_ir as ir
 
-        dtype, shape, offset, length = self.entries[source]
+        dtype, stored, offset, length = self.entries[source]
         kind = ir.DataType[DTYPES[dtype]] if view is None else ir.DataType.UINT8
-        shape = ir.Shape(shape if view is None else view)
+        shape = ir.Shape(stored if view is None else view)
         name = source if view is None else f"{source}.{'x'.join(map(str, view))}"
         if name not in self.declared:
             tensor = ir.ExternalTensor(self.location, offset, length, kind, shape=shape, name=name)
@@ -91,12 +91,13 @@ class _File:
     def replace(self, value: ir.Value, source: str) -> None:
         """Connect the users of `value` to the file's tensor `source`."""
         dtype, shape = self.entries[source][:2]
-        if tuple(value.shape) != tuple(shape):
+        if _shape(value) != list(shape):
             raise OutputError(
-                f"{self.location}: '{source}' is {list(shape)} in the file and {list(value.shape)} in the ONNX graph; "
+                f"{self.location}: '{source}' is {list(shape)} in the file and {_shape(value)} in the ONNX graph; "
                 f"this is a fault of compressor, not of the model: please report it."
             )
         for node, index in list(value.uses()):
+            assert value.dtype is not None
             if view := _byte_view(node, index, shape):
                 node.replace_input_with(index, self.declare(source, view))
             elif DTYPES[dtype] == value.dtype.name:
@@ -124,6 +125,10 @@ class _File:
             self.graph.insert_before(self.graph[0], [self.casts[name] for name in sorted(self.casts)])
 
 
+def _shape(value: ir.Value) -> list[Any]:
+    return list(value.shape or ())
+
+
 def _byte_view(node: ir.Node, index: int, shape: Any) -> tuple[int, ...] | None:
     """The uint8 shape in which this input of the node reads int32 words, None where it reads the tensor as stored."""
     if index != 1:
@@ -141,6 +146,6 @@ def _require_small_constants(model: ir.Model) -> None:
             tensor = node.attributes["value"].value
             if math.prod(tensor.shape.numpy()) and tensor.nbytes >= INLINE_BYTES:
                 raise OutputError(
-                    f"The ONNX graph would hold a constant of {tensor.nbytes} bytes ('{node.outputs[0].name}'); only computed "
-                    f"constants below {INLINE_BYTES // 1024} KB may live there; leave onnx out of the recipe's exports."
+                    f"The ONNX graph would hold a constant of {tensor.nbytes} bytes ('{node.outputs[0].name}'); only "
+                    f"computed ones below {INLINE_BYTES // 1024} KB may live there; leave onnx out of the recipe's exports."
                 )

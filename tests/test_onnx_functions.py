@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.exporters import onnx_functions
+from compressor.exporters import onnx_functions, onnx_nodes
 from compressor.kernels import codec
 from compressor.kernels.fp4_linear import fp4_linear
 from compressor.kernels.fp8_linear import fp8_linear
@@ -37,16 +37,16 @@ def as_onnx(tensor: Tensor) -> np.ndarray:
 
 def runner(op_type: str, attributes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Callable[[Tensor], Tensor]:
     """x -> y of a model that is one node; `tensors` are the other inputs by name."""
-    names = onnx_functions.INPUTS[op_type]
+    names = onnx_nodes.INPUTS[op_type]
     kind = ir.DataType.INT64 if names[0] == "ids" else ir.DataType.FLOAT
     x = ir.Value(name=names[0], type=ir.TensorType(kind))
     values: list[ir.Value | None] = [x]
     for name in names[1:]:
         tensor = tensors.get(name)
         values.append(None if tensor is None else ir.val(name, const_value=ir.tensor(as_onnx(tensor), name=name)))
-    node = ir.node(op_type, values, attributes, domain=onnx_functions.DOMAIN)
+    node = ir.node(op_type, values, attributes, domain=onnx_nodes.DOMAIN)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    opsets = {"": onnx_functions.OPSET, onnx_functions.DOMAIN: onnx_functions.VERSION}
+    opsets = {"": onnx_nodes.OPSET, onnx_nodes.DOMAIN: onnx_nodes.VERSION}
     constants = [v for v in values[1:] if v is not None]
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=constants, opset_imports=opsets, name="one_node")
     model = ir.Model(graph, ir_version=10)
@@ -56,7 +56,8 @@ def runner(op_type: str, attributes: dict[str, Any], tensors: dict[str, Tensor |
 
 
 def activations() -> Iterator[Tensor]:
-    """Awkward token counts and batch dims; wide ranges, zero blocks and tokens, ties, huge and subnormal values."""
+    """Awkward token counts and batch dims; wide ranges, zero blocks and tokens, ties, huge and subnormal values, and
+    the abs-max 7 * 2^n from which MXFP4 takes the next scale."""
     generator = torch.Generator().manual_seed(1)
     for shape in [(1, K), (3, K), (65, K), (2, 3, K), (1, 1, K)]:
         normal = torch.randn(shape, generator=generator)
@@ -67,8 +68,8 @@ def activations() -> Iterator[Tensor]:
         yield torch.randint(-13, 13, shape, generator=generator) * 0.25
         tokens = (*shape[:-1], 1)
         yield normal * torch.exp2(torch.randint(-140, 100, tokens, generator=generator).float())
-        edge = torch.exp2(torch.randint(-3, 3, tokens, generator=generator).float())
-        yield normal.clamp(-1, 1) * 0.1 + edge * torch.tensor([1.75, 7.0, *[0.0] * (K - 2)])
+        power = torch.exp2(torch.randint(-3, 3, tokens, generator=generator).float())
+        yield torch.cat((7 * power, normal[..., 1:32].clamp(-1, 1) * power, 7 * power, normal[..., 33:]), dim=-1)
 
 
 def same_bits(found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor]) -> None:
@@ -174,8 +175,9 @@ def test_int8_activations(has_bias: bool) -> None:
     values, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N, 1) + 0.5
     bias = torch.randn(N) if has_bias else None
     for rule in ("int8", "none"):
+        tensors = {"weight": values, "weight_scale": scale, "bias": bias}
         close(
-            runner("IntLinear", attributes | {"activations": rule}, {"weight": values, "weight_scale": scale, "bias": bias}),
+            runner("IntLinear", attributes | {"activations": rule}, tensors),
             lambda x, rule=rule: int_linear(x, values, scale, bias, 8, 0, rule),
         )
 
@@ -217,7 +219,8 @@ def test_overloads_tell_specialisations_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "group", "block"), [(576, 64, 64), (576, 0, 64), (1536, 0, 256), (96, 48, 16), (96, 24, None), (50, 0, None)]
+    ("features", "group", "block"),
+    [(576, 64, 64), (576, 0, 64), (1536, 0, 256), (96, 48, 16), (96, 24, None), (50, 0, None)],
 )
 def test_stock_op_reads_any_multiple_of_16(features: int, group: int, block: int | None) -> None:
-    assert onnx_functions.stock_block(features, group) == block
+    assert onnx_nodes.stock_block(features, group) == block

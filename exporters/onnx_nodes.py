@@ -1,0 +1,144 @@
+"""The nodes of compressed modules: their names, inputs and attributes, and how the exporter comes to write them.
+
+One torch op becomes one node `ai.compressor::FP4Linear` and so on, whose attributes are all that a kernel must know.
+Weight-only integers go to the stock com.microsoft::MatMulNBits, whose layout is the stored one; IntLinear takes what
+it cannot read. What is left out: what the nodes compute (onnx_functions.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+DOMAIN = "ai.compressor"
+VERSION = 1
+OPSET = 21
+STOCK_DOMAIN = "com.microsoft"
+STOCK_BLOCKS = (256, 128, 64, 32, 16)  # block sizes that MatMulNBits reads
+
+INPUTS = {
+    "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
+    "IntLinear": ("x", "weight", "weight_scale", "bias"),
+    "FP8Linear": ("x", "weight", "weight_scale", "bias"),
+    "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
+}
+OPTIONAL = {"weight_global_scale", "input_global_scale", "bias"}
+ATTRIBUTES = {
+    "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
+    "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
+    "FP8Linear": ("activations",),
+    "IntEmbedding": ("bits", "group_size", "in_features"),
+}
+FLOAT, INT8, INT32, FLOAT8E4M3FN = 1, 3, 6, 17  # onnx.TensorProto
+TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]
+
+
+def stock_block(features: int, group_size: int) -> int | None:
+    """The block size with which MatMulNBits can read K = `features` in groups of `group_size` (0: one a row).
+
+    A larger group is several blocks with the same scale, so any multiple of 16 fits. None where nothing does.
+    """
+    return next((b for b in STOCK_BLOCKS if features % b == 0 and (group_size or features) % b == 0), None)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """torch op -> the function that emits its node, for `torch.onnx.export(custom_translation_table=…)`."""
+    import torch
+
+    from compressor.kernels import fp4_linear, fp8_linear, int_embedding, int_linear  # noqa: F401  (they register the ops)
+
+    ops = torch.ops.compressor
+    return {
+        ops.fp4_linear.default: _emit_fp4_linear,
+        ops.int_linear.default: _emit_int_linear,
+        ops.fp8_linear.default: _emit_fp8_linear,
+        ops.int_embedding.default: _emit_int_embedding,
+    }
+
+
+def _emit(op_type: str, inputs: tuple[Any, ...], attributes: dict[str, Any], domain: str = DOMAIN) -> Any:
+    """One node in the graph being translated. The exporter wants a schema of every op that it records."""
+    import onnx
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    kinds = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    described = schema(
+        op_type,
+        domain,
+        VERSION,
+        inputs=[schema.FormalParameter(f"i{n}", f"T{n}", param_option=optional) for n in range(len(inputs))],
+        outputs=[schema.FormalParameter("y", "T0")],
+        type_constraints=[(f"T{n}", TENSOR_TYPES, "") for n in range(len(inputs))],
+        attributes=[schema.Attribute(name, kinds[type(value)]) for name, value in attributes.items()],
+    )
+    return values.Op(values.Opset(domain, VERSION), op_type, described)(*inputs, **attributes)
+
+
+def _float(value: Any) -> Any:
+    """Bodies take float32 scales and biases; the file may hold bfloat16."""
+    from onnxscript import opset21
+
+    return value if value is None or value.dtype.value == FLOAT else opset21.Cast(value, to=FLOAT)
+
+
+# The parameters below are those of the torch ops, by name.
+
+
+def _emit_fp4_linear(
+    x: Any,
+    weight_packed: Any,
+    weight_scale: Any,
+    weight_global_scale: Any,
+    input_global_scale: Any,
+    bias: Any,
+    format: str,
+    activations: str,
+    four_over_six: bool,
+) -> Any:
+    attributes = {
+        "format": format,
+        "activations": activations,
+        "four_over_six": int(four_over_six),
+        "block_size": 16 if format == "nvfp4" else 32,
+    }
+    inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
+    return _emit("FP4Linear", inputs, attributes)
+
+
+def _emit_int_linear(
+    x: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, group_size: int, activations: str
+) -> Any:
+    from onnxscript import opset21
+
+    op: Any = opset21  # its stubs do not know that the exporter takes lists
+    features, rows = x.shape[-1], weight_scale.shape[0]
+    packed = weight.dtype.value == INT32
+    scale, bias = _float(weight_scale), _float(bias)
+    block = stock_block(features, group_size) if packed and activations == "none" else None
+    if block is None:
+        attributes = {
+            "bits": bits,
+            "group_size": group_size,
+            "activations": activations,
+            "packed": int(packed),
+            "in_features": features,
+        }
+        return _emit("IntLinear", (x, weight, scale, bias), attributes)
+    if repeats := (group_size or features) // block - 1:
+        spread = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, repeats + 1])
+        scale = op.Reshape(spread, [rows, features // block])
+    attributes = {"K": features, "N": rows, "bits": bits, "block_size": block}
+    return _emit("MatMulNBits", (x, weight, scale, None, None, bias), attributes, STOCK_DOMAIN)
+
+
+def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str) -> Any:
+    return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), {"activations": activations})
+
+
+def _emit_int_embedding(
+    ids: Any, weight_packed: Any, weight_scale: Any, bits: int, group_size: int, in_features: int
+) -> Any:
+    attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
+    return _emit("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)
