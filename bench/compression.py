@@ -37,7 +37,8 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 ids = tokenizer(open(text, encoding="utf-8").read())["input_ids"]
 rows = [{"input_ids": ids[i * 512 : (i + 1) * 512], "attention_mask": [1] * 512} for i in range(windows)]
 recipe = QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
-oneshot(model=model, dataset=Dataset.from_list(rows), recipe=recipe, max_seq_length=512, num_calibration_samples=windows)
+data = Dataset.from_list(rows)
+oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=windows)
 model.save_pretrained(out, save_compressed=True)
 """
 SOURCE_PROGRAM = """
@@ -67,14 +68,24 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         source = f"{scratch}/model"
         subprocess.run([sys.executable, "-c", SOURCE_PROGRAM, source], check=True)
         for windows in arguments.windows:
             ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4", "--model", source, "--data", arguments.text]
-            ours += ["--set", f"calibration.windows={windows}", "--no-verify", "--no-eval", "--force", "--out", f"{scratch}/ours"]
+            ours += [
+                "--set",
+                f"calibration.windows={windows}",
+                "--no-verify",
+                "--no-eval",
+                "--force",
+                "--out",
+                f"{scratch}/ours",
+            ]
             peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer"]
             programs = {"compressor": ours} | ({"llm-compressor": peer} if PEER.exists() else {})
             for name, command in programs.items():

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from compressor import load
 from compressor.data import text_of, windows
 from compressor.evaluate import torch_runner
@@ -34,8 +32,10 @@ def main() -> None:
             single, double = without_activation_rounding(single), without_activation_rounding(double)
         a, b = torch_runner(single)(ids), torch_runner(double)(ids)
         agree = (a.argmax(-1) == b.argmax(-1)).float().mean()
-        print(f"activations {'rounded' if rounding else 'as they are'}: "
-              f"max |difference| / max |logit| {(a - b).abs().max() / a.abs().max():.1e}, same argmax {agree:.1%}")
+        print(
+            f"activations {'rounded' if rounding else 'as they are'}: "
+            f"max |difference| / max |logit| {(a - b).abs().max() / a.abs().max():.1e}, same argmax {agree:.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Compress a language model with a short recipe into one folder that inference runtimes load.
 
-    from compressor import Recipe, compress, load
+from compressor import Recipe, compress, load
 
-    artifact = compress("path/to/model", "w4a4")
-    artifact.save("out")
-    model = load("out").model()
+artifact = compress("path/to/model", "w4a4")
+artifact.save("out")
+model = load("out").model()
 """
 
 from __future__ import annotations

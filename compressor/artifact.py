@@ -72,4 +72,3 @@ class Artifact:
         from compressor.folder import write
 
         return write(self, Path(folder), force=force, progress=progress)
-

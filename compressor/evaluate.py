@@ -52,7 +52,9 @@ def _decodes(model: nn.Module) -> bool:
     return hasattr(model, "generate") and hasattr(model.config, "use_cache")
 
 
-def compare(run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()) -> dict[str, Any]:
+def compare(
+    run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()
+) -> dict[str, Any]:
     """Figures of one language model on windows [S, L], against `base` where it is given."""
     losses, base_losses, kl, agreement = [], [], [], []
     progress.stage("evaluate", len(windows))
@@ -132,6 +134,8 @@ def evaluate(
     tokens = data.windows(tokenizer, content, windows, length)
     if kind == "encoder":
         if base is None:
-            raise DataError(f"{source} is an encoder, which has no perplexity; give --against MODEL to compare hidden states.")
+            raise DataError(
+                f"{source} is an encoder, which has no perplexity; give --against MODEL to compare hidden states."
+            )
         return compare_encoders(run, tokens, base, progress=progress)
     return compare(run, tokens, base, progress=progress)

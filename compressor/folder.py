@@ -38,7 +38,10 @@ def check_target(folder: Path, force: bool) -> None:
     if not force:
         raise OutputError(f"{folder} already exists; choose another --out, or replace it with --force.")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
-        raise OutputError(f"{folder} exists and is not a folder that compressor wrote, so --force will not replace it; choose another --out.")
+        raise OutputError(
+            f"{folder} exists and is not a folder that compressor wrote, so --force will not replace it; "
+            f"choose another --out."
+        )
 
 
 def write(artifact: Artifact, folder: Path, *, force: bool = False, progress: Progress = Silent()) -> Path:
@@ -60,7 +63,9 @@ def write(artifact: Artifact, folder: Path, *, force: bool = False, progress: Pr
         _swap(partial, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{folder}: the disk is full; free some space or choose another --out. Nothing was written.") from error
+            raise OutputError(
+                f"{folder}: the disk is full; free some space or choose another --out. Nothing was written."
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(f"{folder}: not allowed to write there; choose another --out.") from error
         raise
@@ -93,7 +98,7 @@ def manifest_of(artifact: Artifact, folder: Path) -> dict[str, Any]:
     for name, tensor in artifact.tensors().items():
         # Hashed in memory: what the file is checked against is what was measured, not what was written.
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        tensors[name] = {"shape": list(tensor.shape), "sha256": hashlib.sha256(raw).hexdigest()}
+        tensors[name] = {"shape": list(tensor.shape), "sha256": hashlib.sha256(raw.data).hexdigest()}
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
     return {
         "format": MANIFEST_FORMAT,
@@ -124,8 +129,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is not a folder that compressor wrote: it has no {MANIFEST}.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is damaged ({error}); write the folder again.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise ModelError(f"{path} has format {manifest.get('format') if isinstance(manifest, dict) else '?'}; this version reads {MANIFEST_FORMAT}.")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != MANIFEST_FORMAT:
+        raise ModelError(f"{path} has format {found}; this version reads {MANIFEST_FORMAT}.")
     return manifest
 
 
@@ -181,7 +187,9 @@ def coverage(artifact: Artifact) -> dict[str, Any]:
 def _stored(artifact: Artifact) -> list[Any]:
     """Packed modules whose tensors are in the file under their own name (a tied head is its table)."""
     return [
-        p for name, p in artifact.packed.items() if not any(f"{name}.{t}" in artifact.tied for t in p.tensors if t != "bias")
+        p
+        for name, p in artifact.packed.items()
+        if not any(f"{name}.{t}" in artifact.tied for t in p.tensors if t != "bias")
     ]
 
 

@@ -47,6 +47,9 @@ class QuantModule(nn.Module):
             self.register_buffer(name, tensor)
         self.dense: Tensor | None = None
 
+    def stored(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
     def optional(self, name: str) -> Tensor | None:
         return self._buffers.get(name)
 
@@ -86,8 +89,8 @@ class FP4Linear(QuantLinear):
     def call(self, x: Tensor) -> Tensor:
         return fp4_linear.fp4_linear(
             x,
-            self.weight_packed,
-            self.weight_scale,
+            self.stored("weight_packed"),
+            self.stored("weight_scale"),
             self.optional("weight_global_scale"),
             self.optional("input_global_scale"),
             self.optional("bias"),
@@ -97,7 +100,9 @@ class FP4Linear(QuantLinear):
         )
 
     def dequantize(self) -> Tensor:
-        return fp4_linear.dequantize(self.weight_packed, self.weight_scale, self.optional("weight_global_scale"))
+        return fp4_linear.dequantize(
+            self.stored("weight_packed"), self.stored("weight_scale"), self.optional("weight_global_scale")
+        )
 
     def quantize_input(self, x: Tensor) -> Tensor:
         return act.quantize(
@@ -106,15 +111,15 @@ class FP4Linear(QuantLinear):
 
 
 class IntLinear(QuantLinear):
-    def __init__(self, packed: Packed):
-        super().__init__(packed)
-        self.stored = "weight" if self.attributes["activations"] == "int8" else "weight_packed"
+    def values(self) -> Tensor:
+        """int8 [N, K], or the int32 words of weight-only integers."""
+        return self.stored("weight" if "weight" in self._buffers else "weight_packed")
 
     def call(self, x: Tensor) -> Tensor:
         return int_linear.int_linear(
             x,
-            self._buffers[self.stored],
-            self.weight_scale,
+            self.values(),
+            self.stored("weight_scale"),
             self.optional("bias"),
             self.attributes["bits"],
             self.attributes["group_size"] or 0,
@@ -124,18 +129,22 @@ class IntLinear(QuantLinear):
     def dequantize(self) -> Tensor:
         a = self.attributes
         return int_linear.dequantize(
-            self._buffers[self.stored], self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features + self.padding
+            self.values(),
+            self.stored("weight_scale"),
+            a["bits"],
+            a["group_size"] or 0,
+            self.in_features + self.padding,
         )
 
 
 class FP8Linear(QuantLinear):
     def call(self, x: Tensor) -> Tensor:
         return fp8_linear.fp8_linear(
-            x, self.weight, self.weight_scale, self.optional("bias"), self.attributes["activations"]
+            x, self.stored("weight"), self.stored("weight_scale"), self.optional("bias"), self.attributes["activations"]
         )
 
     def dequantize(self) -> Tensor:
-        return fp8_linear.dequantize(self.weight, self.weight_scale)
+        return fp8_linear.dequantize(self.stored("weight"), self.stored("weight_scale"))
 
 
 class IntEmbedding(QuantModule):
@@ -146,14 +155,19 @@ class IntEmbedding(QuantModule):
     def forward(self, ids: Tensor) -> Tensor:
         a = self.attributes
         rows = int_embedding.int_embedding(
-            ids, self.weight_packed, self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features
+            ids,
+            self.stored("weight_packed"),
+            self.stored("weight_scale"),
+            a["bits"],
+            a["group_size"] or 0,
+            self.in_features,
         )
         return (rows * a["multiplier"]).to(self.output_dtype)
 
     def dequantize(self) -> Tensor:
         a = self.attributes
         return int_linear.dequantize(
-            self.weight_packed, self.weight_scale, a["bits"], a["group_size"] or 0, self.in_features
+            self.stored("weight_packed"), self.stored("weight_scale"), a["bits"], a["group_size"] or 0, self.in_features
         )
 
 

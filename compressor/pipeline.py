@@ -103,8 +103,10 @@ def compress(
     for number, step in enumerate(recipe.steps, 1):
         names = {n: layers[n] for n, (owner, place) in placed.items() if owner is step and place.kept is None}
         needs = step.options.needs()
-        calibration = calibrate(loaded.model, windows, needs, set(names), progress, dtype=dtype) if needs else None
-        if calibration is not None and calibration.unseen:
+        # Without statistics one window still shows which linears share an input.
+        text_seen = windows if needs else windows[:1]
+        calibration = calibrate(loaded.model, text_seen, needs, set(names), progress, dtype=dtype)
+        if calibration.unseen:
             progress.note(
                 f"{len(calibration.unseen)} layers saw no calibration token and use unweighted scales: "
                 f"{', '.join(calibration.unseen[:3])}"
@@ -170,10 +172,15 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
     for number, step in enumerate(recipe.steps, 1):
         where = f"step {number} ({step.method})"
         if step.options.four_over_six and recipe.runtime != "compressor":
-            raise RecipeError(f"{where}: only our own ops compute four_over_six activations; set runtime: compressor as well, or drop it.")
+            raise RecipeError(
+                f"{where}: only our own ops compute four_over_six activations; set runtime: compressor too, or drop it."
+            )
         for pattern in step.targets:
             if not any(fnmatchcase(n, pattern) for n in layers):
-                raise RecipeError(f"{where}: target '{pattern}' matches no linear of this model; names look like {', '.join(list(layers)[:3])}.")
+                raise RecipeError(
+                    f"{where}: target '{pattern}' matches no linear of this model; names look like "
+                    f"{', '.join(list(layers)[:3])}."
+                )
         for name, layer in layers.items():
             if not any(fnmatchcase(name, p) for p in step.targets):
                 continue
@@ -181,13 +188,18 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
                 placed.setdefault(name, (None, Placement(kept=f"{where}: ignore")))
                 continue
             if name in placed and placed[name][0] is not None:
-                raise RecipeError(f"{where}: {name} is already compressed by an earlier step; add it to this step's ignore.")
+                raise RecipeError(
+                    f"{where}: {name} is already compressed by an earlier step; add it to this step's ignore."
+                )
             place = step.options.place(*layer.weight.shape)
             if place.kept and step.options.on_misfit != "keep":
                 misfits.append(f"{name}: {place.kept}")
             placed[name] = (step, place)
         if misfits:
-            raise RecipeError(f"{where}: {len(misfits)} layers cannot be stored this way ({misfits[0]}); set on_misfit: pad or on_misfit: keep.")
+            raise RecipeError(
+                f"{where}: {len(misfits)} layers cannot be stored this way ({misfits[0]}); "
+                f"set on_misfit: pad or on_misfit: keep."
+            )
     for name in layers:
         placed.setdefault(name, (None, Placement(kept="in no step's targets")))
     if left := unaccounted(model, {f"{n}.weight" for n in layers}):
@@ -228,7 +240,9 @@ def _detail(layer: nn.Linear, packed: Packed, place: Placement) -> dict[str, Any
     module = build(packed)
     weight = layer.weight.detach().float()
     error = (module.dequantize()[:, : weight.shape[1]] - weight).norm() / weight.norm().clamp_min(1e-30)
-    bits = 8 * sum(t.numel() * t.element_size() for n, t in packed.tensors.items() if n.startswith("weight_") or n == "weight")
+    bits = 8 * sum(
+        t.numel() * t.element_size() for n, t in packed.tensors.items() if n.startswith("weight_") or n == "weight"
+    )
     return {
         "format": place.format,
         "group_size": place.group_size,

@@ -7,6 +7,7 @@ scales) for each; a tied pair is one table and takes one choice. Round to neares
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def place_tables(model: nn.Module, recipe: Recipe) -> Tables:
         )
     choices = {embedding: recipe.embedding} | ({head: recipe.lm_head} if head and not tied else {})
     for name, choice in choices.items():
-        shape = tuple(model.get_submodule(name).weight.shape)
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        shape = (rows, columns)
         tables.placements[name] = (shape, _place(shape, choice))
         if choice == "bf16":
             tables.dtypes[f"{name}.weight"] = torch.bfloat16
@@ -68,7 +70,9 @@ def pack_tables(model: nn.Module, recipe: Recipe) -> Tables:
             continue
         module = model.get_submodule(name)
         bits = int(placement.format.removeprefix("int"))
-        stored = pack_int_weight(module.weight.detach().float(), bits, placement.group_size, None, True, words=True)
+        stored = pack_int_weight(
+            model.get_parameter(f"{name}.weight").detach().float(), bits, placement.group_size, None, True, words=True
+        )
         if name != head:
             tables.packed[name] = _embedding(module, stored, bits, placement.group_size)
         if name == head or f"{head}.weight" in tables.tied:
@@ -79,7 +83,7 @@ def pack_tables(model: nn.Module, recipe: Recipe) -> Tables:
     return tables
 
 
-def _embedding(module: nn.Module, stored: dict[str, Tensor], bits: int, group: int | None) -> Packed:
+def _embedding(module: Any, stored: dict[str, Tensor], bits: int, group: int | None) -> Packed:
     rows, columns = module.weight.shape
     attributes = {
         "bits": bits,
@@ -91,7 +95,7 @@ def _embedding(module: nn.Module, stored: dict[str, Tensor], bits: int, group: i
     return Packed("int_embedding", dict(stored), attributes)
 
 
-def _head(module: nn.Module, stored: dict[str, Tensor], bits: int, group: int | None) -> Packed:
+def _head(module: Any, stored: dict[str, Tensor], bits: int, group: int | None) -> Packed:
     rows, columns = module.weight.shape
     bias = {"bias": module.bias.detach().clone()} if getattr(module, "bias", None) is not None else {}
     attributes = {

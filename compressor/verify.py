@@ -109,7 +109,14 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Check]:
         found = tensor_hashes(folder)
         for name, entry in manifest["tensors"].items():
             if found.get(name) != entry["sha256"]:
-                rows.append(Check("files", name, FAILED, "tensor missing" if name not in found else "tensor differs from what was measured"))
+                rows.append(
+                    Check(
+                        "files",
+                        name,
+                        FAILED,
+                        "tensor missing" if name not in found else "tensor differs from what was measured",
+                    )
+                )
     extra = sorted(p.name for p in folder.iterdir() if p.name not in manifest["files"] and p.name != MANIFEST)
     if extra:
         rows.append(Check("files", "extra files", SKIPPED, f"not in the manifest: {', '.join(extra[:5])}"))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def check_torch(folder: Path, scratch: Path) -> list[Check]:
     artifact = load(folder)
     ids = prompt(artifact)
     model = artifact.model(dense=True)
-    reference = {"deployed": _output(model, ids)}
+    reference: dict[str, Any] = {"deployed": _output(model, ids)}
     rows = [Check("torch", "load", OK, f"{len(artifact.packed)} compressed modules")]
     if not np.isfinite(reference["deployed"]).all():
         return [Check("torch", "logits", FAILED, "NaN or Inf")]
@@ -132,14 +133,18 @@ def check_onnxruntime(folder: Path, scratch: Path) -> list[Check]:
     smooth = OnnxSession(folder, smooth_graph(read_graph(folder)) if rounds_activations(artifact) else None)
     view = " without activation rounding" if rounds_activations(artifact) else ""
     logits, _ = smooth.prefill(ids)
-    rows.append(_within("onnxruntime", f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE))
+    rows.append(
+        _within("onnxruntime", f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE)
+    )
     if artifact.kind == "causal-lm":
         half = ids.shape[1] // 2
         _, past = smooth.prefill(ids[:, :half])
         rest, _ = smooth.prefill(ids[:, half:], past)
         found = relative(rest.numpy(), reference["smooth"][:, half:])
         rows.append(_within("onnxruntime", f"cached decode{view}", found, GRAPH_TOLERANCE))
-        rows.append(_tokens("onnxruntime", f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist()))
+        rows.append(
+            _tokens("onnxruntime", f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist())
+        )
     return rows
 
 
@@ -179,7 +184,9 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     tokenizer = genai.Tokenizer(model)
     rows = [_same_tokens("onnxruntime-genai", artifact, lambda t: tokenizer.encode(t).tolist(), special=False)]
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=ids.shape[1] + SHORT_GREEDY, min_length=ids.shape[1] + SHORT_GREEDY)
+    parameters.set_search_options(
+        do_sample=False, max_length=ids.shape[1] + SHORT_GREEDY, min_length=ids.shape[1] + SHORT_GREEDY
+    )
     generator = genai.Generator(model, parameters)
     generator.append_tokens(ids.numpy().astype(np.int32))
     while not generator.is_done():
@@ -217,7 +224,9 @@ def check_transformers(folder: Path, scratch: Path) -> list[Check]:
 
 
 def _within(runtime: str, check: str, found: float, allowed: float) -> Check:
-    return Check(runtime, check, OK if found <= allowed else FAILED, f"{found:.1e} of the largest value, allowed {allowed:.0e}")
+    return Check(
+        runtime, check, OK if found <= allowed else FAILED, f"{found:.1e} of the largest value, allowed {allowed:.0e}"
+    )
 
 
 def _noise(runtime: str, expected: np.ndarray, found: np.ndarray, noise: float) -> Check:
@@ -227,7 +236,9 @@ def _noise(runtime: str, expected: np.ndarray, found: np.ndarray, noise: float) 
 
 
 def _tokens(runtime: str, check: str, found: list[int], expected: list[int]) -> Check:
-    same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
     status = OK if found == expected else FAILED
     return Check(runtime, check, status, f"{same} of {len(expected)} tokens equal")
 
@@ -235,7 +246,8 @@ def _tokens(runtime: str, check: str, found: list[int], expected: list[int]) -> 
 def _same_tokens(runtime: str, artifact: Artifact, encode: Callable[[str], list[int]], special: bool = True) -> Check:
     from compressor.exporters.tokenizer_files import PROBE
 
-    expected = artifact.tokenizer(PROBE, add_special_tokens=special)["input_ids"]
+    tokenizer: Any = artifact.tokenizer
+    expected = tokenizer(PROBE, add_special_tokens=special)["input_ids"]
     found = list(encode(PROBE))
     detail = f"{len(expected)} tokens" if found == expected else f"{len(found)} tokens, expected {len(expected)}"
     return Check(runtime, "tokenizer", OK if found == expected else FAILED, detail)

@@ -146,6 +146,6 @@ def _require_small_constants(model: ir.Model) -> None:
             tensor = node.attributes["value"].value
             if math.prod(tensor.shape.numpy()) and tensor.nbytes >= INLINE_BYTES:
                 raise OutputError(
-                    f"The ONNX graph would hold a constant of {tensor.nbytes} bytes ('{node.outputs[0].name}'); only "
-                    f"computed ones below {INLINE_BYTES // 1024} KB may live there; leave onnx out of the recipe's exports."
+                    f"The ONNX graph would hold a constant of {tensor.nbytes} bytes ('{node.outputs[0].name}'), and "
+                    f"the limit is {INLINE_BYTES // 1024} KB; leave onnx out of the recipe's exports."
                 )

@@ -49,5 +49,7 @@ def fp4_linear(
 
 
 @fp4_linear.register_fake
-def _(x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six):
+def _(
+    x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six
+):
     return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))

@@ -38,9 +38,9 @@ def int_linear(
     activations: str,
 ) -> Tensor:
     dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
-    return torch.nn.functional.linear(
-        act.quantize(x, activations), dense, None if bias is None else bias.float()
-    ).to(x.dtype)
+    return torch.nn.functional.linear(act.quantize(x, activations), dense, None if bias is None else bias.float()).to(
+        x.dtype
+    )
 
 
 @int_linear.register_fake

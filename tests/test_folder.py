@@ -53,7 +53,9 @@ def test_the_manifest_accounts_for_every_tensor_and_file(artifact, tmp_path):
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
     assert set(manifest["tensors"]) == set(artifact.tensors())
     assert manifest["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert manifest["coverage"]["share"] == pytest.approx(coverage(artifact)["compressed_parameters"] / manifest["coverage"]["parameters"], abs=1e-4)
+    assert manifest["coverage"]["share"] == pytest.approx(
+        coverage(artifact)["compressed_parameters"] / manifest["coverage"]["parameters"], abs=1e-4
+    )
     assert 4.5 <= manifest["coverage"]["bits_per_compressed_weight"] < 4.6
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
 
@@ -72,7 +74,12 @@ def test_an_existing_folder_needs_force_and_only_ours_is_replaced(artifact, tmp_
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"), [(OSError(errno.ENOSPC, "no space"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt), (ValueError("bug"), ValueError)]
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "no space"), OutputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ValueError("bug"), ValueError),
+    ],
 )
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failed_write_leaves_nothing_or_what_was_there(artifact, tmp_path, monkeypatch, error, raised, existing):
@@ -98,7 +105,10 @@ def test_a_failed_write_leaves_nothing_or_what_was_there(artifact, tmp_path, mon
         (lambda f: (f / "manifest.json").write_text('{"format": 99}'), "format 99"),
         (lambda f: (f / "model.safetensors").unlink(), "missing"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "truncated"),
-        (lambda f: (f / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {}})), "compressor"),
+        (
+            lambda f: (f / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {}})),
+            "compressor",
+        ),
     ],
 )
 def test_damage_is_one_sentence(artifact, tmp_path, damage, message):

@@ -83,7 +83,10 @@ def test_registrations_are_consistent(rng, op):
         args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear
     else:
         table = codec.pack_int(torch.zeros(7, 32, dtype=torch.int8), 4)
-        args, function = (torch.zeros(2, 3, dtype=torch.int64), table, torch.ones(7, 1).bfloat16(), 4, 0, 32), int_embedding
+        args, function = (
+            (torch.zeros(2, 3, dtype=torch.int64), table, torch.ones(7, 1).bfloat16(), 4, 0, 32),
+            int_embedding,
+        )
     # test_schema compares inputs with allclose, which float8 does not have.
     torch.library.opcheck(function, args, test_utils=("test_autograd_registration", "test_faketensor"))
 

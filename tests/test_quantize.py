@@ -57,7 +57,11 @@ def test_size_is_predicted_exactly(rng):
         method = Quantize(weights, group_size=group)
         place = method.place(24, 96)
         packed = method.apply(layer, LayerPlan(place))
-        stored = sum(t.numel() * t.element_size() for n, t in packed.tensors.items() if n not in ("weight_shape", "weight_global_scale"))
+        stored = sum(
+            t.numel() * t.element_size()
+            for n, t in packed.tensors.items()
+            if n not in ("weight_shape", "weight_global_scale")
+        )
         assert stored == place.size_bytes, weights
 
 
@@ -106,7 +110,9 @@ def test_one_site_shares_its_global_scales(rng):
     assert packed.tensors["input_global_scale"].item() == 298.0  # the bf16 value below 448 * 6 / 9
 
 
-@pytest.mark.parametrize(("weights", "activations"), [("nvfp4", "nvfp4"), ("int8", "int8"), ("fp8", "fp8"), ("mxfp4", "mxfp4")])
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("nvfp4", "nvfp4"), ("int8", "int8"), ("fp8", "fp8"), ("mxfp4", "mxfp4")]
+)
 def test_held_dense_weights_change_nothing(rng, weights, activations):
     method = Quantize(weights, activations)
     layer = linear(rng, bias=True)

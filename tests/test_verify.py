@@ -49,7 +49,11 @@ def test_a_good_folder_passes_in_every_installed_runtime(written):
     assert {"files", "torch", "onnxruntime"} <= passed
     import importlib.util
 
-    for runtime, module in {"optimum": "optimum", "onnxruntime-genai": "onnxruntime_genai", "transformers": "compressed_tensors"}.items():
+    for runtime, module in {
+        "optimum": "optimum",
+        "onnxruntime-genai": "onnxruntime_genai",
+        "transformers": "compressed_tensors",
+    }.items():
         assert (importlib.util.find_spec(module) is None) or runtime in passed
 
 
@@ -107,14 +111,18 @@ def test_swapped_wires_are_found(folder):
     """Every node is right on its own input; the model is not."""
 
     def swap(graph):
-        a, b = (next(n for n in graph.graph.node if n.name.endswith(f"layers.0.mlp.{p}")) for p in ("gate_proj", "up_proj"))
+        a, b = (
+            next(n for n in graph.graph.node if n.name.endswith(f"layers.0.mlp.{p}")) for p in ("gate_proj", "up_proj")
+        )
         for i in range(1, len(a.input)):
             a.input[i], b.input[i] = b.input[i], a.input[i]
         a.name, b.name = b.name, a.name
 
     edit_graph(folder, swap)
     found = failures(verify(folder, runtimes=CORE))
-    assert ("onnxruntime", "prefill without activation rounding") in found and not any("proj" in check for _, check in found)
+    assert ("onnxruntime", "prefill without activation rounding") in found and not any(
+        "proj" in check for _, check in found
+    )
 
 
 def test_a_file_that_is_gone_or_changed_is_named(folder):

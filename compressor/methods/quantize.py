@@ -69,11 +69,17 @@ class Quantize:
             )
         block = codec.FORMATS[self.weights].block
         if block and self.group_size not in (None, block):
-            raise ValueError(f"group_size {self.group_size} is not possible with {self.weights}, whose blocks are {block}")
-        if self.group_size is not None and (self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1)):
+            raise ValueError(
+                f"group_size {self.group_size} is not possible with {self.weights}, whose blocks are {block}"
+            )
+        if self.group_size is not None and (
+            self.group_size < SMALLEST_GROUP or self.group_size & (self.group_size - 1)
+        ):
             raise ValueError(f"group_size {self.group_size} must be a power of two from {SMALLEST_GROUP}")
         if self.group_size is not None and (self.weights == "fp8" or self.activations == "int8"):
-            raise ValueError(f"weights '{self.weights}' with activations '{self.activations}' take one scale a row; drop group_size")
+            raise ValueError(
+                f"weights '{self.weights}' with activations '{self.activations}' take one scale a row; drop group_size"
+            )
         if self.four_over_six and self.activations != "nvfp4":
             raise ValueError("four_over_six needs activations: nvfp4")
 
@@ -128,12 +134,11 @@ class Quantize:
                 shared.update({n: (weight_scale, input_scale) for n in names})
         plans = {}
         for name, layer in layers.items():
-            weight_scale, input_scale = shared.get(name, (None, None))
             importance = None
             if self.scale_search and calibration is not None and calibration.seen(name):
                 importance = calibration.value(name, ChannelSquare)
             placement = self.place(*layer.weight.shape)
-            plans[name] = LayerPlan(placement, weight_scale, input_scale, importance)
+            plans[name] = LayerPlan(placement, *shared.get(name, (None, None)), importance)
         return plans
 
     def apply(self, layer: nn.Linear, plan: LayerPlan) -> Packed:
@@ -144,7 +149,7 @@ class Quantize:
         if place.padding:
             weight = nn.functional.pad(weight, (0, place.padding))
             importance = None if importance is None else nn.functional.pad(importance, (0, place.padding))
-        attributes = {
+        attributes: dict[str, object] = {
             "activations": self.activations,
             "in_features": layer.in_features,
             "out_features": layer.out_features,
@@ -230,7 +235,7 @@ class Quantize:
 def pack_int_weight(
     weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None, search: bool, words: bool
 ) -> dict[str, Tensor]:
-    """Symmetric integers with bf16 scales: weight [N, K] -> weight_packed, weight_scale, weight_shape, or int8 `weight`.
+    """Symmetric integers with bf16 scales: weight [N, K] float32 -> the stored tensors, packed `words` or int8 `weight`.
 
     The abs-max scale is amax / (2^(b-1) - 0.5), which uses both ends of the two's complement range.
     """
@@ -266,7 +271,7 @@ def _smaller_group(in_features: int, group: int) -> int | None:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """A scale that can be divided by: all-zero rows and blocks get 1, and values too small for bf16's normal range too."""
+    """A scale to divide by: rows and blocks that are zero, or below bf16's normal range, get 1."""
     return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
 
 
