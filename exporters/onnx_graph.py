@@ -36,6 +36,10 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
             f"The onnx export points into {WEIGHTS}, which is not there; add safetensors to the recipe's exports."
         )
     model = artifact.model()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            # A tensor object of its own: the exporter gives one initializer to modules that share a scale in memory.
+            module._buffers[name] = None if buffer is None else buffer.detach()
     state = model.state_dict().keys()
     graph = onnx_capture.capture(model, artifact.kind)
     onnx_weights.bind(graph, weights, artifact.tied, state)

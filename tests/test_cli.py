@@ -229,7 +229,7 @@ def test_a_bug_is_not_dressed_up(work):
 def test_flags_win_over_the_recipe(work, text):
     seen = {}
 
-    def function(model, recipe, *, quality_text, device, progress):
+    def function(model, recipe, *, quality_text, measure, device, progress):
         seen.update(model=model, recipe=recipe, quality_text=quality_text, device=device)
         raise KeyboardInterrupt
 
@@ -272,13 +272,6 @@ def test_where_it_goes_by_default_and_that_it_is_free_is_checked_first(arguments
     (Path(folder) / "mine.txt").write_text("precious")
     assert "will not replace it" in error_line(run(*arguments, "--force"), 6)
     assert (Path(folder) / "mine.txt").read_text() == "precious"
-
-
-def test_wrong_eval_text_is_found_before_the_work(work):
-    work(raising(AssertionError("the work began")))
-    assert error_line(run("--recipe", "w4a4", "--eval-text", "missing.txt"), 4).startswith(
-        "error: missing.txt: no such file"
-    )
 
 
 def test_verify_shows_every_check(monkeypatch):

@@ -196,7 +196,7 @@ CASES = {
     "unknown key": ("sede: 1\nsteps: [{quantize: }]\n", "r.yaml line 1: unknown option 'sede'; did you mean 'seed'?"),
     "unknown nested key": (
         "calibration:\n  window: 1\nsteps: [{quantize: }]\n",
-        "r.yaml line 2: unknown option 'window'; did you mean 'windows'? Allowed: data, length, windows.",
+        "r.yaml line 2: unknown option 'window'; did you mean 'windows'? Allowed: data, dtype, length, windows.",
     ),
     "a mapping is due": (
         "calibration: 8\nsteps: [{quantize: }]\n",

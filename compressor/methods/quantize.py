@@ -235,7 +235,7 @@ class Quantize:
 def pack_int_weight(
     weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None, search: bool, words: bool
 ) -> dict[str, Tensor]:
-    """Symmetric integers with bf16 scales: weight [N, K] float32 -> the stored tensors, packed `words` or int8 `weight`.
+    """Symmetric integers with bf16 scales: weight [N, K] float32 -> the stored tensors (`words` packed, else int8).
 
     The abs-max scale is amax / (2^(b-1) - 0.5), which uses both ends of the two's complement range.
     """
