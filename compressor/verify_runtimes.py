@@ -169,7 +169,14 @@ def check_optimum(folder: Path, scratch: Path) -> list[Check]:
 
     model = ORTModelForCausalLM.from_pretrained(folder)
     tokens = model.generate(ids, do_sample=False, max_new_tokens=SHORT_GREEDY, min_new_tokens=SHORT_GREEDY, num_beams=1)
-    return [*rows, _tokens("optimum", "greedy", tokens[0, ids.shape[1] :].tolist(), session.greedy(ids, SHORT_GREEDY))]
+    return [
+        *rows,
+        _tokens(
+            "optimum",
+            "greedy",
+            *_until_end(artifact, tokens[0, ids.shape[1] :].tolist(), session.greedy(ids, SHORT_GREEDY)),
+        ),
+    ]
 
 
 def check_genai(folder: Path, scratch: Path) -> list[Check]:
@@ -192,7 +199,12 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     while not generator.is_done():
         generator.generate_next_token()
     tokens = generator.get_sequence(0)[ids.shape[1] :].tolist()
-    return [*rows, _tokens("onnxruntime-genai", "greedy", tokens, OnnxSession(folder).greedy(ids, len(tokens)))]
+    return [
+        *rows,
+        _tokens(
+            "onnxruntime-genai", "greedy", *_until_end(artifact, tokens, OnnxSession(folder).greedy(ids, len(tokens)))
+        ),
+    ]
 
 
 def check_transformers(folder: Path, scratch: Path) -> list[Check]:
@@ -233,6 +245,14 @@ def _noise(runtime: str, expected: np.ndarray, found: np.ndarray, noise: float) 
     distance = divergence(expected, found) if np.isfinite(found).all() else float("inf")
     status = OK if distance <= NOISE_FACTOR * noise + 1e-3 else FAILED
     return Check(runtime, "as deployed", status, f"KL {distance:.1e} to torch, rounding noise {noise:.1e}")
+
+
+def _until_end(artifact: Artifact, found: list[int], expected: list[int]) -> tuple[list[int], list[int]]:
+    """Both up to the first end token of `expected`: a runtime that was asked for more goes its own way from there."""
+    ends = getattr(artifact.generation_config, "eos_token_id", None)
+    stops = set(ends if isinstance(ends, list) else [ends])
+    end = next((i for i, token in enumerate(expected) if token in stops), len(expected))
+    return found[:end], expected[:end]
 
 
 def _tokens(runtime: str, check: str, found: list[int], expected: list[int]) -> Check:
