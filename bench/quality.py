@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--recipes w4a4 fp8]
 
-Prints the table of README and appends one JSON line per recipe to bench/results/quality.jsonl. `w4a4+46` is w4a4 for our own
-ops, with four-over-six activations. Perplexity is over --windows windows, KL and top-1 over the first 16 of them.
+Prints the table of README and appends one JSON line per recipe to bench/results/quality.jsonl. `w4a4+46` is w4a4 for
+our own ops, with four-over-six activations. Perplexity is over --windows windows, KL and top-1 over the first 16.
 """
 
 from __future__ import annotations
