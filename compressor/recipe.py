@@ -39,7 +39,7 @@ class Calibration(_Frozen):
     """
 
     data: str | None = None  # None: prose that every Python ships
-    windows: Annotated[int, Field(ge=1)] = 64
+    windows: Annotated[int, Field(ge=1)] = 32
     length: Annotated[int, Field(ge=2)] = 512
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

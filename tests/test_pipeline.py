@@ -148,7 +148,7 @@ def test_damaged_weights_and_missing_text_are_refused(tiny, tiny_tokenizer, tmp_
     with pytest.raises(DataError, match="24"):
         compress(model, recipe(), tokenizer=tiny_tokenizer, data=short)
     with pytest.raises(DataError, match="missing"):  # found before the long work
-        compress(model, recipe(), tokenizer=tiny_tokenizer, data=short, quality_text="missing.txt")
+        compress(model, recipe(), tokenizer=tiny_tokenizer, quality_text="missing.txt")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="up_proj"):
         compress(model, recipe(), tokenizer=tiny_tokenizer)
