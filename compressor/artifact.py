@@ -25,7 +25,7 @@ class Artifact:
     kind: str  # "causal-lm" | "encoder"
     tokenizer: Any | None
     recipe: Recipe
-    packed: dict[str, Packed]  # by module name
+    packed: dict[str, Packed]  # by module name; all tensors are on the CPU
     kept: dict[str, Tensor]  # by tensor name
     tied: dict[str, str]  # tensor name -> the tensor it is; only the latter is stored
     record: dict[str, Any] = field(default_factory=dict)  # what the manifest says of the run
@@ -37,7 +37,9 @@ class Artifact:
         names |= self.kept
         return {name: names[name] for name in sorted(names) if name not in self.tied}
 
-    def model(self, dtype: torch.dtype = torch.float32, *, dense: bool = False) -> nn.Module:
+    def model(
+        self, dtype: torch.dtype = torch.float32, *, dense: bool = False, device: str | torch.device = "cpu"
+    ) -> nn.Module:
         """A runnable transformers model on the stored tensors, in eval mode; inputs and outputs in `dtype`.
 
         dense=True holds the dequantized weights (4 bytes each) so that repeated forwards are several times faster;
@@ -65,7 +67,8 @@ class Artifact:
                 owner._parameters[alias.rpartition(".")[2]] = source._parameters[name.rpartition(".")[2]]
         missing = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
         assert not missing, f"tensors without a value: {missing[:5]}"
-        return hold_dense(model.eval()) if dense else model.eval()
+        model = model.to(device).eval()
+        return hold_dense(model) if dense else model
 
     def save(self, folder: str | Path, *, force: bool = False, progress: Progress = Silent()) -> Path:
         """Write the folder of this artifact; it appears complete or not at all. Raises OutputError."""

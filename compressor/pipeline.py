@@ -113,13 +113,14 @@ def compress(
             )
         progress.stage(f"{step.method} {number}/{len(recipe.steps)}", len(names))
         for name, plan in step.options.plan(names, calibration).items():
-            packed[name] = step.options.apply(names[name], plan)
-            details[name] = _detail(names[name], packed[name], plan.placement)
+            made = step.options.apply(names[name], plan)
+            details[name] = _detail(names[name], made, plan.placement)
+            packed[name] = _on_cpu(made)
             progress.advance()
 
     progress.stage("tables")
     tables = pack_tables(loaded.model, recipe)
-    packed |= tables.packed
+    packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(loaded.model, packed, tables.dtypes, tables.tied)
     artifact = Artifact(
         config=loaded.model.config,
@@ -230,10 +231,15 @@ def _quality_windows(
 
 
 def _quality(loaded: Loaded, artifact: Artifact, windows: Tensor, progress: Progress) -> dict[str, Any]:
+    device = next(loaded.model.parameters()).device
     original = evaluate.torch_runner(loaded.model)
-    compressed = evaluate.torch_runner(artifact.model(dense=True))
+    compressed = evaluate.torch_runner(artifact.model(dense=True, device=device))
     compare = evaluate.compare_encoders if loaded.kind == "encoder" else evaluate.compare
     return compare(compressed, windows, original, progress=progress)
+
+
+def _on_cpu(packed: Packed) -> Packed:
+    return Packed(packed.kind, {name: t.cpu() for name, t in packed.tensors.items()}, packed.attributes)
 
 
 def _detail(layer: nn.Linear, packed: Packed, place: Placement) -> dict[str, Any]:
@@ -278,5 +284,5 @@ def _kept(
             value = value.to(dtypes[name])
         elif value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
             value = value.bfloat16()
-        kept[name] = value.contiguous()
+        kept[name] = value.cpu().contiguous()
     return kept, aliases

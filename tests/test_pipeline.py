@@ -166,3 +166,15 @@ def test_quality_is_measured_on_text_that_calibration_did_not_see(tiny, tiny_tok
         "quality"
         not in compress(tiny("llama"), recipe("nvfp4a16"), tokenizer=tiny_tokenizer, data=text, measure=False).record
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["w4a4", "w4a16", "w8a8", "fp8", "mxfp4"])
+def test_a_model_on_the_gpu_gives_the_same_artifact(tiny, tiny_tokenizer, text, name):
+    chosen = recipe(name, "calibration.dtype=float32", "embedding=int8", "lm_head=int8")
+    cpu = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
+    gpu = compress(tiny("llama").cuda(), chosen, tokenizer=tiny_tokenizer, data=text)
+    equal = [torch.equal(t.view(torch.uint8), gpu.tensors()[n].view(torch.uint8)) for n, t in cpu.tensors().items()]
+    assert sum(equal) >= 0.95 * len(equal)  # sums in another order may move a scale that lies on a threshold
+    with torch.inference_mode():
+        assert gpu.model(device="cuda")(IDS.cuda()).logits.isfinite().all()

@@ -145,7 +145,7 @@ class Quantize:
         """Pack one linear. weight [N, K] of any float dtype; nothing is written to the layer."""
         place = plan.placement
         weight = layer.weight.detach().float()
-        importance = plan.importance
+        importance = None if plan.importance is None else plan.importance.to(weight.device)
         if place.padding:
             weight = nn.functional.pad(weight, (0, place.padding))
             importance = None if importance is None else nn.functional.pad(importance, (0, place.padding))
