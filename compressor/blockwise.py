@@ -4,6 +4,9 @@ Windows go through one block, one window at a time, and their hidden states wait
 Beyond the weights, memory holds one block's activations of one window, however many windows there are. How a block is
 called (masks, positions, per block) is recorded from a plain forward, so there is no table of families.
 
+`sequential` runs each block twice: first to be measured, then, once `after` has changed it, to give the next block
+what the compressed one computes.
+
 Windows have one length and no padding, so that what a block gets besides hidden states is the same for all of them.
 This is checked on two windows, and so is that each block gets the previous one's output: a model that breaks either is
 refused, not measured wrongly.
@@ -56,9 +59,13 @@ def run_blocks(
     progress: Progress,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    after: Callable[[str], None] = lambda name: None,
+    sequential: bool = False,
 ) -> None:
     """Run windows [S, L] through the first len(named) blocks; `around(block name)` is entered for each block forward.
 
+    after: called with a block's name once all windows have been through it, while it is still on `device`.
+    sequential: what `after` did to a block is seen by the blocks behind it; every block runs a second time.
     dtype: what matrix products are computed in (autocast); hidden states and statistics stay float32.
     device: where blocks run, each moved there and back; None leaves everything where it is. Raises ModelError.
     """
@@ -74,7 +81,8 @@ def run_blocks(
             spool = _Spool(file)
             for i, window in enumerate(windows):
                 spool.write(i, _first_hidden(model, window, named[0][1]))
-            progress.stage("calibrate", len(named) * len(windows))
+            progress.stage("calibrate", len(named) * len(windows) * (2 if sequential else 1))
+            changed = False
             for (name, block), call in zip(named, calls, strict=True):
                 home = next((p.device for p in block.parameters()), torch.device("cpu"))
                 target = home if device is None else torch.device(device)
@@ -83,12 +91,19 @@ def run_blocks(
                 moved = Call(args, kwargs, call.sample)
                 for i in range(len(windows)):
                     hidden = spool.read(i)
-                    if i == 0:
+                    if i == 0 and not changed:
                         _require_same(name, _sample(hidden), call.sample)
                     with around(name):
                         hidden = moved.run(block, hidden.to(target)).float()
-                    spool.write(i, hidden)
+                    if not sequential:
+                        spool.write(i, hidden)
                     progress.advance()
+                after(name)
+                if sequential:
+                    changed = True  # from here on inputs are those of the compressed prefix, not the recorded ones
+                    for i in range(len(windows)):
+                        spool.write(i, moved.run(block, spool.read(i).to(target)).float())
+                        progress.advance()
                 block.to(home)
 
 

@@ -6,8 +6,8 @@ input is seen while a block runs, by the identity of the input tensor, so there 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,9 @@ class Calibration:
     unseen: list[str] = field(default_factory=list)
     _site_of: dict[str, Site] = field(default_factory=dict, repr=False)
     _statistics: dict[Site, Statistics] = field(default_factory=dict, repr=False)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._site_of
 
     def seen(self, name: str) -> bool:
         """Whether this linear got at least one token."""
@@ -79,13 +82,58 @@ def calibrate(
     Raises DataError for no tokens, ModelError for a model that cannot run block by block, NumericsError for NaN or Inf
     in an input.
     """
+    parts: list[Calibration] = []
+    calibrate_blocks(model, windows, needs, parts.append, names, progress, device, dtype)
+    return Calibration(
+        [site for part in parts for site in part.sites],
+        [name for part in parts for name in part.unseen],
+        {name: site for part in parts for name, site in part._site_of.items()},
+        {site: values for part in parts for site, values in part._statistics.items()},
+    )
+
+
+def calibrate_blocks(
+    model: nn.Module,
+    windows: Tensor,
+    needs: Iterable[type[Statistic]],
+    then: Callable[[Calibration], None],
+    names: Collection[str] | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    sequential: bool = False,
+) -> None:
+    """Like `calibrate`, but `then` gets each block's part as soon as it is complete, and only one part is held.
+
+    sequential   `then` may replace linears of the block; the blocks behind it see what the replaced ones compute
+    """
     if windows.dim() != 2 or not windows.numel():
         raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
     chosen = {name: m for name, m in linears(model).items() if names is None or name in names}
-    gathering = _Gathering(chosen, set(needs))
-    if named := _up_to_last(blocks(model), chosen):
-        run_blocks(model, windows, named, gathering.listen, progress or Silent(), device, dtype)
-    return gathering.result()
+    wanted = set(needs)
+    named = _up_to_last(blocks(model), chosen)
+    if not named:
+        return
+    gathering = _Gathering({}, wanted)
+
+    def listen(block: str) -> AbstractContextManager[None]:
+        nonlocal gathering
+        if gathering.block != block:
+            inside = {name: m for name, m in chosen.items() if name.startswith(f"{block}.")}
+            gathering = _Gathering(inside, wanted, block)
+        return gathering.listen()
+
+    run_blocks(
+        model,
+        windows,
+        named,
+        listen,
+        progress or Silent(),
+        device,
+        dtype,
+        after=lambda _: then(gathering.result()),
+        sequential=sequential,
+    )
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -104,17 +152,17 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 class _Gathering:
-    """Groups the inputs of the chosen linears by identity while a block runs, and reduces each group once."""
+    """Groups the inputs of one block's chosen linears by identity while it runs, and reduces each group once."""
 
-    def __init__(self, chosen: dict[str, nn.Linear], needs: set[type[Statistic]]):
-        self.chosen, self.needs = chosen, needs
+    def __init__(self, chosen: dict[str, nn.Linear], needs: set[type[Statistic]], block: str = ""):
+        self.chosen, self.needs, self.block = chosen, needs, block
         self.members: list[list[str]] = []  # linears of each site
         self.statistics: list[Statistics] = []
         self.site_of: dict[str, int] = {}
 
     @contextmanager
-    def listen(self, block: str) -> Iterator[None]:
-        """Around one forward of the named block. Inputs stay alive until its end, so that an id means one tensor."""
+    def listen(self) -> Iterator[None]:
+        """Around one forward of the block. Inputs stay alive until its end, so that an id means one tensor."""
         inputs: dict[int, tuple[Tensor, list[str]]] = {}
 
         def hook(name: str):
@@ -123,8 +171,7 @@ class _Gathering:
 
             return see
 
-        inside = {name: m for name, m in self.chosen.items() if name.startswith(f"{block}.")}
-        handles = [m.register_forward_pre_hook(hook(name)) for name, m in inside.items()]
+        handles = [m.register_forward_pre_hook(hook(name)) for name, m in self.chosen.items()]
         try:
             yield
         finally:

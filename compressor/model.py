@@ -23,7 +23,7 @@ from compressor.tokenizer import load_tokenizer, tokenizer_at
 
 __all__ = [
     "Loaded", "as_loaded", "blocks", "embedding_name", "exempt", "head_name", "is_tied", "linears", "load_model",
-    "load_tokenizer", "skeleton", "unaccounted",
+    "load_tokenizer", "skeleton", "twin", "unaccounted",
 ]  # fmt: skip
 
 CAUSAL, ENCODER = "causal-lm", "encoder"
@@ -61,13 +61,17 @@ def as_loaded(model: nn.Module, tokenizer: Any | None = None) -> Loaded:
     """
     kind = _kind_of(model)
     _require_finite(model)
-    tensors = [*model.parameters(), *model.buffers()]
     # An fp32 copy of another dtype needs memory of its own: .float() works in place.
     shared = all(t.dtype == torch.float32 or not t.is_floating_point() for t in model.parameters())
-    twin = copy.deepcopy(model, {id(t): t for t in tensors} if shared else {}).float().eval()
-    _linearize(twin)
+    copied = (twin(model) if shared else copy.deepcopy(model)).float().eval()
+    _linearize(copied)
     source = getattr(model, "name_or_path", "") or type(model).__name__
-    return Loaded(twin, tokenizer, source, kind)
+    return Loaded(copied, tokenizer, source, kind)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every tensor: replacing a parameter or a module leaves the original as it is."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def skeleton(config: Any, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:

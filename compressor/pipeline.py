@@ -1,7 +1,7 @@
-"""The straight line: recipe -> model -> [calibrate -> plan -> apply] per step -> Artifact.
+"""The straight line: recipe -> model -> [calibrate -> plan -> apply] per step and block -> Artifact.
 
 The model that comes in is read and never changed: methods are pure and what they return lives in the Artifact,
-so the original is still there to measure against.
+so the original is still there to measure against. Steps work on a twin that shares its tensors.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from compressor import data as text
 from compressor import evaluate
 from compressor.artifact import Artifact
-from compressor.calibrate import calibrate, fast_dtype
+from compressor.calibrate import Calibration, calibrate_blocks, fast_dtype
 from compressor.errors import DataError, ModelError, RecipeError
-from compressor.layers import Packed, build
-from compressor.methods.quantize import Placement
-from compressor.model import Loaded, as_loaded, linears, load_model, unaccounted
+from compressor.layers import Packed, build, hold_dense
+from compressor.methods.quantize import LayerPlan, Placement
+from compressor.model import Loaded, as_loaded, linears, load_model, twin, unaccounted
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step
 from compressor.tables import pack_tables, place_tables
@@ -97,31 +97,17 @@ def compress(
     if measure:  # read before the long work: a typo should not cost the compression
         given = content if source is not None else None
         held_out = _quality_windows(loaded, given, quality_text, len(windows), length)
-    layers = linears(loaded.model)
+    working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
     for number, step in enumerate(recipe.steps, 1):
-        names = {n: layers[n] for n, (owner, place) in placed.items() if owner is step and place.kept is None}
-        needs = step.options.needs()
-        # Without statistics one window still shows which linears share an input.
-        text_seen = windows if needs else windows[:1]
-        calibration = calibrate(loaded.model, text_seen, needs, set(names), progress, dtype=dtype)
-        if calibration.unseen:
-            progress.note(
-                f"{len(calibration.unseen)} layers saw no calibration token and use unweighted scales: "
-                f"{', '.join(calibration.unseen[:3])}"
-            )
-        progress.stage(f"{step.method} {number}/{len(recipe.steps)}", len(names))
-        for name, plan in step.options.plan(names, calibration).items():
-            made = step.options.apply(names[name], plan)
-            details[name] = _detail(names[name], made, plan.placement)
-            packed[name] = _on_cpu(made)
-            progress.advance()
+        names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
+        packed |= _compress(working, step, names, windows, dtype, details, progress)
 
     progress.stage("tables")
-    tables = pack_tables(loaded.model, recipe)
+    tables = pack_tables(working, recipe)
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
-    kept, tied = _kept(loaded.model, packed, tables.dtypes, tables.tied)
+    kept, tied = _kept(working, packed, tables.dtypes, tables.tied)
     artifact = Artifact(
         config=loaded.model.config,
         kind=loaded.kind,
@@ -142,6 +128,48 @@ def compress(
     if held_out is not None:
         artifact.record["quality"] = _quality(loaded, artifact, held_out, progress)
     return artifact
+
+
+def _compress(
+    model: nn.Module,
+    step: Step,
+    names: set[str],
+    windows: Tensor,
+    dtype: torch.dtype,
+    details: dict[str, dict[str, Any]],
+    progress: Progress,
+) -> dict[str, Packed]:
+    """One step on the linears of `names`, block by block as their statistics are complete; adds to `details`.
+
+    A sequential step leaves its compressed modules in `model`, where the blocks behind them see what they compute.
+    """
+    options = step.options
+    sequential = options.sequential and bool(options.needs())
+    packed: dict[str, Packed] = {}
+    unseen: list[str] = []
+
+    def compress_block(part: Calibration) -> None:
+        unseen.extend(part.unseen)
+        hold_dense(model, False)
+        layers = {n: m for n, m in linears(model).items() if n in names and n in part}
+        for name, plan in options.plan(layers, part).items():
+            made = options.apply(layers[name], plan)
+            details[name] = _detail(layers[name], made, plan)
+            packed[name] = _on_cpu(made)
+            if sequential:
+                model.set_submodule(name, hold_dense(build(made)))
+
+    # Without statistics one window still shows which linears share an input.
+    seen = windows if options.needs() else windows[:1]
+    calibrate_blocks(
+        model, seen, options.needs(), compress_block, names, progress, dtype=dtype, sequential=sequential
+    )
+    if unseen:
+        progress.note(
+            f"{len(unseen)} layers saw no calibration token and use the statistics of their siblings: "
+            f"{', '.join(unseen[:3])}"
+        )
+    return packed
 
 
 def plan_of(model: nn.Module | str | Path | None, recipe: Recipe, *, device: str = "cpu") -> Plan:
@@ -242,7 +270,8 @@ def _on_cpu(packed: Packed) -> Packed:
     return Packed(packed.kind, {name: t.cpu() for name, t in packed.tensors.items()}, packed.attributes)
 
 
-def _detail(layer: nn.Linear, packed: Packed, place: Placement) -> dict[str, Any]:
+def _detail(layer: nn.Linear, packed: Packed, plan: LayerPlan) -> dict[str, Any]:
+    place = plan.placement
     module = build(packed)
     weight = layer.weight.detach().float()
     error = (module.dequantize()[:, : weight.shape[1]] - weight).norm() / weight.norm().clamp_min(1e-30)

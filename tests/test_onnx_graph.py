@@ -25,17 +25,17 @@ from compressor.runtimes import OnnxSession, expose, read_graph
 
 # Whole models in float32 on both sides.
 TOLERANCE = 1e-4
-NVFP4 = Quantize("nvfp4", scale_search=False)
+NVFP4 = Quantize("nvfp4", scales="absmax")
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "opt", "gpt_neox", "gpt2"]
 # One linear of every kind, padding and four-over-six included; the others of the layer are NVFP4.
 MIXED = {
-    "q_proj": Quantize("nvfp4", "nvfp4", scale_search=False, four_over_six=True),
-    "k_proj": Quantize("mxfp4", "mxfp4", scale_search=False),
-    "v_proj": Quantize("int4", group_size=32, scale_search=False),
-    "o_proj": Quantize("int8", "int8", scale_search=False),
-    "gate_proj": Quantize("fp8", "fp8", scale_search=False),
-    "up_proj": Quantize("int4", group_size=128, on_misfit="pad", scale_search=False),
-    "down_proj": Quantize("int2", scale_search=False),  # one scale a row of 96: three blocks of the stock op share it
+    "q_proj": Quantize("nvfp4", "nvfp4", scales="absmax", four_over_six=True),
+    "k_proj": Quantize("mxfp4", "mxfp4", scales="absmax"),
+    "v_proj": Quantize("int4", group_size=32, scales="absmax"),
+    "o_proj": Quantize("int8", "int8", scales="absmax"),
+    "gate_proj": Quantize("fp8", "fp8", scales="absmax"),
+    "up_proj": Quantize("int4", group_size=128, on_misfit="pad", scales="absmax"),
+    "down_proj": Quantize("int2", scales="absmax"),  # one scale a row of 96: three blocks of the stock op share it
 }
 
 
@@ -60,7 +60,7 @@ def artifact_of(source: Any, methods: dict[str, Quantize] | None = None, table: 
         rows = model.get_submodule(embedding).weight
         shell = nn.Linear(rows.shape[1], rows.shape[0], bias=False)
         shell.weight = rows
-        stored = pack(shell, Quantize(f"int{table}", group_size=32, scale_search=False))
+        stored = pack(shell, Quantize(f"int{table}", group_size=32, scales="absmax"))
         packed[embedding] = Packed("int_embedding", stored.tensors, stored.attributes | {"multiplier": 1.0})
         if is_tied(model):
             packed[head] = stored
@@ -142,7 +142,7 @@ def test_language_models_agree_with_torch(name: str, tiny: Any, tmp_path: Path) 
 
 
 def test_encoder_agrees_with_torch(tiny: Any, tmp_path: Path) -> None:
-    artifact = artifact_of(tiny("bert", num_hidden_layers=1), {"dense": Quantize("int8", scale_search=False)}, table=4)
+    artifact = artifact_of(tiny("bert", num_hidden_layers=1), {"dense": Quantize("int8", scales="absmax")}, table=4)
     folder = export(artifact, tmp_path / "bert")
     session = OnnxSession(folder)
     assert list(session.inputs) == ["input_ids", "attention_mask", "token_type_ids"]

@@ -35,7 +35,7 @@ def test_search_is_never_worse_than_abs_max(rng, weights, group, calibrated):
     layer = linear(rng)
     importance = torch.rand(64, generator=rng).square() * 10 if calibrated else None
     searched = weighted_error(Quantize(weights, group_size=group), layer, importance)
-    plain = weighted_error(Quantize(weights, group_size=group, scale_search=False), layer, importance)
+    plain = weighted_error(Quantize(weights, group_size=group, scales="absmax"), layer, importance)
     assert (searched <= plain * (1 + 1e-6)).all()
     if weights not in ("int8", "fp8"):  # at 8 bits abs-max may well be the best
         assert searched.sum() < plain.sum() * 0.999

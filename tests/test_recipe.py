@@ -182,8 +182,8 @@ CASES = {
         "r.yaml line 2: calibration.windows is 0; allowed: 1 or more.",
     ),
     "option of wrong type": (
-        "steps:\n- quantize:\n    scale_search: 1\n",
-        "r.yaml line 3, step 1 (quantize): scale_search is 1; allowed: true or false.",
+        "steps:\n- quantize:\n    sequential: 1\n",
+        "r.yaml line 3, step 1 (quantize): sequential is 1; allowed: true or false.",
     ),
     "targets not a list": (
         "steps:\n- quantize:\n    targets: '*'\n",
@@ -271,10 +271,10 @@ def test_overrides(write):
 
 def test_override_by_method_and_by_step_number(write):
     path = write(GOOD)
-    both = Recipe.load(path, ["quantize.scale_search=false"])
-    assert [step.options.scale_search for step in both.steps] == [False, False]
-    second = Recipe.load(path, ["2.scale_search=false", "1.group_size=64"])
-    assert [step.options.scale_search for step in second.steps] == [True, False]
+    both = Recipe.load(path, ["quantize.scales=absmax"])
+    assert [step.options.scales for step in both.steps] == ["absmax", "absmax"]
+    second = Recipe.load(path, ["2.scales=absmax", "1.group_size=64"])
+    assert [step.options.scales for step in second.steps] == ["weighted", "absmax"]
     assert second.steps[0].options.group_size == 64
     assert Recipe.load(path, ["1.targets=['*.q_proj']"]).steps[0].targets == ["*.q_proj"]
     assert Recipe.load(write("steps:\n- quantize:\n"), ["1.weights=fp8"]).steps[0].options.weights == "fp8"

@@ -1,14 +1,15 @@
-"""Round to nearest on a 4- or 8-bit grid, with a per-block scale search. The baseline every other method builds on.
+"""Weights on a 2-, 4- or 8-bit grid, rounded to nearest or by GPTQ; activations on a grid of their own.
 
 Options are the dataclass fields. Linears that read the same input share their NVFP4 global scales, because a
-runtime that merges q/k/v or gate/up has room for one. See docs/quantize.md for the equation and the figures.
+runtime that merges q/k/v or gate/up has room for one. Scales are chosen before anything is rounded
+(scale_search.py), what is rounded how is grid.py and gptq.py. See docs/quantize.md for equations and figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from compressor.calibrate import Calibration
 from compressor.kernels import codec
 from compressor.layers import Packed
-from compressor.methods import scale_search
-from compressor.statistics import AbsMax, ChannelSquare, Statistic
+from compressor.methods import gptq, scale_search
+from compressor.statistics import AbsMax, ChannelSquare, Gram, Statistic
 
 WEIGHT_ONLY = "none"
 # Which activation rules a runtime (or one of our ops) can pair with each weight format.
 PAIRS: dict[str, tuple[str, ...]] = {
-    "nvfp4": ("none", "nvfp4"),
-    "mxfp4": ("none", "mxfp4"),
+    "nvfp4": ("none", "nvfp4", "fp8", "int8"),
+    "mxfp4": ("none", "mxfp4", "fp8", "int8"),
     "int2": ("none",),
     "int4": ("none",),
     "int8": ("none", "int8"),
@@ -50,6 +51,8 @@ class LayerPlan:
     weight_global_scale: Tensor | None = None
     input_global_scale: Tensor | None = None
     importance: Tensor | None = field(default=None, repr=False)  # [K] mean square of each input channel
+    hessian: gptq.Hessian | None = field(default=None, repr=False)
+    activations: str = WEIGHT_ONLY
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ class Quantize:
     activations: Literal["none", "nvfp4", "mxfp4", "int8", "fp8"] = "none"
     group_size: int | None = None
     on_misfit: Literal["smaller", "pad", "keep"] = "smaller"
-    scale_search: bool = True
-    four_over_six: bool = False
+    scales: Literal["absmax", "four_over_six", "mse", "weighted"] = "weighted"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    damping: float = 0.01  # of GPTQ, relative to the mean of diag(H)
+    sequential: bool = False  # each block is calibrated on what the compressed blocks before it compute
+    four_over_six: bool = False  # of activations
 
     def __post_init__(self) -> None:
         if self.activations not in PAIRS[self.weights]:
@@ -82,11 +88,17 @@ class Quantize:
             )
         if self.four_over_six and self.activations != "nvfp4":
             raise ValueError("four_over_six needs activations: nvfp4")
+        if self.scales == "four_over_six" and self.weights != "nvfp4":
+            raise ValueError("scales 'four_over_six' need weights: nvfp4")
+        if not self.damping > 0:
+            raise ValueError(f"damping {self.damping:g} must be above 0; 0.01 is usual")
 
     def needs(self) -> set[type[Statistic]]:
-        """Channel squares weight the scale search; the abs-max sets the static NVFP4 input scale."""
+        """Channel squares weight the scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
         wanted: set[type[Statistic]] = set()
-        if self.scale_search:
+        if self.rounding == "gptq":
+            wanted.add(Gram)
+        elif self.scales == "weighted":
             wanted.add(ChannelSquare)
         if self.activations == "nvfp4":
             wanted.add(AbsMax)
@@ -119,147 +131,77 @@ class Quantize:
         return Placement(self.weights, group, padding, None, size, note)
 
     def plan(self, layers: Mapping[str, nn.Linear], calibration: Calibration | None) -> dict[str, LayerPlan]:
-        """Placement of every layer, and the global scales that the linears of one site share."""
-        shared: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        if self.weights == "nvfp4" and calibration is not None:
-            for site in calibration.sites:
-                names = [n for n in site.names if n in layers]
-                if not names:
-                    continue
-                amax = torch.stack([layers[n].weight.detach().abs().amax() for n in names]).amax()
-                weight_scale = codec.nvfp4_weight_divisor(amax)
-                input_scale = None
-                if self.activations == "nvfp4":
-                    input_scale = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax))
-                shared.update({n: (weight_scale, input_scale) for n in names})
-        plans = {}
-        for name, layer in layers.items():
-            importance = None
-            if self.scale_search and calibration is not None and calibration.seen(name):
-                importance = calibration.value(name, ChannelSquare)
-            placement = self.place(*layer.weight.shape)
-            plans[name] = LayerPlan(placement, *shared.get(name, (None, None)), importance)
-        return plans
+        """Placement of every layer, and what the linears of one site share: global scales, importance, Hessian."""
+        shared: dict[str, dict[str, Any]] = {}
+        for site in calibration.sites if calibration is not None else ():
+            if names := [n for n in site.names if n in layers]:
+                assert calibration is not None
+                shared |= dict.fromkeys(names, self._site(names, layers, calibration))
+        return {
+            name: LayerPlan(self.place(*layer.weight.shape), activations=self.activations, **shared.get(name, {}))
+            for name, layer in layers.items()
+        }
+
+    def _site(self, names: list[str], layers: Mapping[str, nn.Linear], calibration: Calibration) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.weights == "nvfp4":
+            amax = torch.stack([layers[n].weight.detach().abs().amax() for n in names]).amax()
+            found["weight_global_scale"] = codec.nvfp4_weight_divisor(amax)
+        if self.activations == "nvfp4":
+            found["input_global_scale"] = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax))
+        if self.rounding == "gptq":
+            gram = calibration.value(names[0], Gram)
+            if padding := self.place(*layers[names[0]].weight.shape).padding:
+                gram = nn.functional.pad(gram, (0, padding, 0, padding))
+            found["importance"] = gram.diagonal().clone()
+            found["hessian"] = gptq.factorize(gram, self.damping, names[0])
+        elif self.scales == "weighted" and calibration.seen(names[0]):
+            found["importance"] = calibration.value(names[0], ChannelSquare)
+        return found
 
     def apply(self, layer: nn.Linear, plan: LayerPlan) -> Packed:
         """Pack one linear. weight [N, K] of any float dtype; nothing is written to the layer."""
         place = plan.placement
-        weight = layer.weight.detach().float()
-        importance = None if plan.importance is None else plan.importance.to(weight.device)
-        if place.padding:
-            weight = nn.functional.pad(weight, (0, place.padding))
-            importance = None if importance is None else nn.functional.pad(importance, (0, place.padding))
+        weight = nn.functional.pad(layer.weight.detach().float(), (0, place.padding))
+        importance = plan.importance
+        if importance is not None:
+            missing = weight.shape[1] - importance.numel()
+            importance = nn.functional.pad(importance, (0, missing)).to(weight.device)
+        divisor = plan.weight_global_scale
+        if divisor is None and self.weights == "nvfp4":
+            divisor = codec.nvfp4_weight_divisor(weight.abs().amax())
+        grid = scale_search.choose(self.weights, weight, place.group_size, importance, self.scales, divisor)
+        if plan.hessian is None:
+            codes = grid.codes(weight)
+        else:
+            codes = gptq.round_columns(weight, plan.hessian, grid)
+        words = plan.activations == WEIGHT_ONLY
+        tensors = grid.pack(codes, words)
+        kind = codec.FORMATS[self.weights].kind
         attributes: dict[str, object] = {
-            "activations": self.activations,
+            "activations": plan.activations,
             "in_features": layer.in_features,
             "out_features": layer.out_features,
             "padding": place.padding,
         }
-        kind = codec.FORMATS[self.weights].kind
         if kind == "fp4_linear":
-            tensors = self._fp4(weight, importance, plan)
-            attributes |= {"format": self.weights, "four_over_six": self.four_over_six}
+            attributes |= {"format": self.weights, "four_over_six": self.four_over_six and plan.activations == "nvfp4"}
         elif kind == "int_linear":
-            bits = codec.FORMATS[self.weights].bits
-            tensors = pack_int_weight(
-                weight, bits, place.group_size, importance, self.scale_search, words=self.activations == "none"
-            )
-            attributes |= {"bits": bits, "group_size": place.group_size}
-        else:
-            tensors = self._fp8(weight, importance)
+            attributes |= {"bits": codec.FORMATS[self.weights].bits, "group_size": place.group_size}
+        if plan.activations == "nvfp4" and plan.input_global_scale is not None:
+            tensors["input_global_scale"] = plan.input_global_scale
         if layer.bias is not None:
             tensors["bias"] = layer.bias.detach().clone()
         return Packed(kind, tensors, attributes)
-
-    def _fp4(self, weight: Tensor, importance: Tensor | None, plan: LayerPlan) -> dict[str, Tensor]:
-        size = plan.placement.group_size
-        assert size is not None
-        blocks = codec.blocks_of(weight, size)
-        h = None if importance is None else codec.blocks_of(importance, size)
-        if self.weights == "mxfp4":
-            exponents = scale_search.by_rows(blocks, lambda b: self._mxfp4_exponents(b, h))
-            step = codec.e8m0_values(exponents).unsqueeze(-1)
-            stored = {"weight_scale": exponents}
-        else:
-            divisor = plan.weight_global_scale
-            if divisor is None:
-                divisor = codec.nvfp4_weight_divisor(weight.abs().amax())
-            scale = scale_search.by_rows(blocks, lambda b: self._nvfp4_scales(b, h, divisor))
-            step = (scale / divisor).unsqueeze(-1)
-            stored = {"weight_scale": codec.to_e4m3(scale), "weight_global_scale": divisor}
-            if plan.input_global_scale is not None:
-                stored["input_global_scale"] = plan.input_global_scale
-        codes = codec.e2m1_codes(codec.round_e2m1(blocks / step)).flatten(-2)
-        return {"weight_packed": codec.pack_nibbles(codes), **stored}
-
-    def _nvfp4_scales(self, blocks: Tensor, h: Tensor | None, divisor: Tensor) -> Tensor:
-        """float32 scales on the E4M3 grid, [N, B]."""
-        base = codec.nvfp4_block_scale(blocks.abs().amax(-1), divisor)
-
-        def candidates() -> Iterator[Tensor]:
-            yield base
-            if self.scale_search:
-                code = codec.to_e4m3(base).view(torch.uint8).int()
-                for d in scale_search.E4M3_STEPS:
-                    if d:
-                        # 1 is the smallest positive code, 126 is 448.
-                        yield (code + d).clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float()
-
-        return scale_search.best_scale(
-            blocks, h, candidates(), lambda b, s: codec.round_e2m1(b / (s / divisor)) * (s / divisor)
-        )
-
-    def _mxfp4_exponents(self, blocks: Tensor, h: Tensor | None) -> Tensor:
-        base = codec.mxfp4_block_exponent(blocks.abs().amax(-1)).int()
-        steps = (0, *scale_search.E8M0_STEPS) if self.scale_search else (0,)
-        scales = (codec.e8m0_values((base + d).clamp(1, 254)) for d in steps)
-        best = scale_search.best_scale(blocks, h, scales, lambda b, s: codec.round_e2m1(b / s) * s)
-        return (torch.log2(best) + 127).round().to(torch.uint8)
-
-    def _fp8(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-        def scales(rows: Tensor) -> Tensor:
-            top = _positive(rows.abs().amax(-1, keepdim=True) / codec.E4M3_MAX)
-            ratios = (1.0, *scale_search.RATIOS) if self.scale_search else (1.0,)
-            h = None if importance is None else importance.unsqueeze(0)
-            return scale_search.best_scale(
-                rows.unsqueeze(1),
-                h,
-                (_bf16_up(top * r) for r in ratios),
-                lambda b, s: codec.to_e4m3(b / s).float() * s,
-            )
-
-        step = scale_search.by_rows(weight, scales)
-        return {"weight": codec.to_e4m3(weight / step), "weight_scale": step.bfloat16()}
 
 
 def pack_int_weight(
     weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None, search: bool, words: bool
 ) -> dict[str, Tensor]:
-    """Symmetric integers with bf16 scales: weight [N, K] float32 -> the stored tensors (`words` packed, else int8).
-
-    The abs-max scale is amax / (2^(b-1) - 0.5), which uses both ends of the two's complement range.
-    """
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    blocks = codec.blocks_of(weight, group_size) if group_size else weight.unsqueeze(1)
-    h = None if importance is None else importance.reshape(blocks.shape[1:])
-
-    def round_trip(b: Tensor, s: Tensor) -> Tensor:
-        return torch.round(b / s).clamp_(low, high) * s
-
-    def scales(rows: Tensor) -> Tensor:
-        top = _positive(rows.abs().amax(-1) / (high + 0.5))
-        ratios = (1.0, *scale_search.RATIOS) if search else (1.0,)
-        return scale_search.best_scale(rows, h, (top.mul(r).bfloat16().float() for r in ratios), round_trip)
-
-    step = scale_search.by_rows(blocks, scales)
-    values = torch.round(blocks / step.unsqueeze(-1)).clamp(low, high).to(torch.int8).flatten(-2)
-    if not words:
-        return {"weight": values, "weight_scale": step.bfloat16()}
-    return {
-        "weight_packed": codec.pack_int(values, bits),
-        "weight_scale": step.bfloat16(),
-        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-    }
+    """Symmetric integers with bf16 scales, rounded to nearest: weight [N, K] float32 -> the stored tensors."""
+    rule = ("weighted" if importance is not None else "mse") if search else "absmax"
+    grid = scale_search.choose(f"int{bits}", weight, group_size, importance, rule)
+    return grid.pack(grid.codes(weight), words)
 
 
 def _smaller_group(in_features: int, group: int) -> int | None:
@@ -268,14 +210,3 @@ def _smaller_group(in_features: int, group: int) -> int | None:
         if in_features % group == 0:
             return group
     return None
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A scale to divide by: rows and blocks that are zero, or below bf16's normal range, get 1."""
-    return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
-
-
-def _bf16_up(scale: Tensor) -> Tensor:
-    """bf16 values not below `scale`, so that FP8's largest value does not saturate."""
-    rounded = scale.bfloat16().float()
-    return torch.where(rounded < scale, rounded * (1 + 2.0**-7), rounded).bfloat16().float()

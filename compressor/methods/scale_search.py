@@ -1,6 +1,6 @@
-"""Which scale a block of weights gets: the candidate with the least weighted squared error.
+"""Which scale a block of weights gets: the candidate with the least squared error.
 
-    minimise over s   sum_k h_k (w_k - Q_s(w_k))²        h = diag(XᵀX)/T, or 1 without calibration
+    minimise over s   sum_k h_k (w_k - Q_s(w_k))²        h = diag(XᵀX)/T (weighted), or 1 (mse, four_over_six)
 
 The abs-max scale is always the first candidate and only a strictly better one replaces it, so the result is
 never worse than abs-max on this objective. Weighting by the diagonal of XᵀX is the layer-output error with
@@ -9,10 +9,13 @@ the correlations between channels left out (they are GPTQ's business).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from compressor.kernels import codec
+from compressor.methods.grid import ELEMENTS, Grid
 
 # E4M3 codes stepped around the abs-max code: a code is 6 to 12 % of the scale, so -8..+6 spans about 0.5 to 1.6.
 E4M3_STEPS = tuple(range(-8, 7))
@@ -21,6 +24,58 @@ E8M0_STEPS = (-1, 1)
 RATIOS = tuple(1.0 - 0.025 * i for i in range(1, 21))
 
 CHUNK_ELEMENTS = 1 << 18  # keeps the working set of one chunk in the cache: 1.5 times as fast as 2 M
+
+
+def choose(
+    format: str,
+    weight: Tensor,
+    group_size: int | None,
+    importance: Tensor | None,
+    rule: str,
+    divisor: Tensor | None = None,
+) -> Grid:
+    """The grid of one weight matrix.
+
+    weight      [N, K] float32;  group_size  divides K, None: one scale a row
+    importance  [K] float32 or None, used by rule "weighted"
+    rule        "absmax" | "four_over_six" (nvfp4: the largest value of a block on 6 or on 4) | "mse" | "weighted"
+    divisor     [1] float32, the global scale of nvfp4
+    """
+    blocks = codec.blocks_of(weight, group_size or weight.shape[1])
+    h = importance.reshape(blocks.shape[1:]) if importance is not None and rule == "weighted" else None
+    element = ELEMENTS[format]
+
+    def best(rows: Tensor) -> Tensor:
+        return best_scale(rows, h, candidates(format, rows, rule, divisor), lambda b, s: element(b / s) * s)
+
+    return Grid(format, by_rows(blocks, best), divisor)
+
+
+def candidates(format: str, blocks: Tensor, rule: str, divisor: Tensor | None) -> Iterator[Tensor]:
+    """Steps [N, B] that the format can store for blocks [N, B, G], the abs-max one first."""
+    amax = blocks.abs().amax(-1)
+    searched = rule in ("mse", "weighted")
+    if format == "nvfp4":
+        assert divisor is not None
+        base = codec.nvfp4_block_scale(amax, divisor)
+        yield base / divisor
+        if rule == "four_over_six":
+            yield codec.nvfp4_block_scale(amax, divisor, top=4.0) / divisor
+        if searched:
+            code = codec.to_e4m3(base).view(torch.uint8).int()
+            for d in E4M3_STEPS:
+                if d:  # 1 is the smallest positive code, 126 is 448
+                    yield (code + d).clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float() / divisor
+    elif format == "mxfp4":
+        exponent = codec.mxfp4_block_exponent(amax).int()
+        for d in (0, *E8M0_STEPS) if searched else (0,):
+            yield codec.e8m0_values((exponent + d).clamp(1, 254))
+    else:
+        # An integer's abs-max scale uses both ends of the two's complement range.
+        top = codec.E4M3_MAX if format == "fp8" else (1 << (codec.FORMATS[format].bits - 1)) - 0.5
+        base = _positive(amax / top)
+        for ratio in (1.0, *RATIOS) if searched else (1.0,):
+            yield _bf16_up(base * ratio) if format == "fp8" else (base * ratio).bfloat16().float()
 
 
 def best_scale(
@@ -56,3 +111,14 @@ def by_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function over chunks of rows of weight [N, ...], concatenated."""
     rows = max(1, CHUNK_ELEMENTS // max(1, weight[0].numel()))
     return torch.cat([function(chunk) for chunk in weight.split(rows)])
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A scale to divide by: rows and blocks that are zero, or below bf16's normal range, get 1."""
+    return torch.where(scale < torch.finfo(torch.bfloat16).tiny, 1.0, scale)
+
+
+def _bf16_up(scale: Tensor) -> Tensor:
+    """bf16 values not below `scale`, so that FP8's largest value does not saturate."""
+    rounded = scale.bfloat16().float()
+    return torch.where(rounded < scale, rounded * (1 + 2.0**-7), rounded).bfloat16().float()

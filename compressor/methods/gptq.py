@@ -1,0 +1,90 @@
+"""GPTQ: round columns one after another, each time correcting the columns that are still to come.
+
+    minimise  tr((W - Ŵ) H (W - Ŵ)ᵀ),   H = XᵀX / T over the calibration tokens
+
+With U the upper Cholesky factor of (H + λI)⁻¹ (columns in the order of falling H_kk), for k = 1 … K:
+
+    ŵ_k = Q(w_k),   e = (w_k - ŵ_k) / U_kk,   w_j ← w_j - e U_kj  for j > k
+
+Scales are fixed before (grid.py): the grid of a block never moves while its columns are rounded, so any format with
+any groups works, and the column order costs nothing in the file. Source: Frantar et al., "GPTQ", ICLR 2023 (sections
+3.2, 3.3); the static order is the `actorder: weight` of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericsError
+from compressor.methods.grid import Grid
+
+BLOCK = 128  # columns whose corrections are collected before the rest of the matrix is touched
+DAMPINGS = (1, 10, 100)  # times the recipe's damping, until the factorization succeeds
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """What GPTQ needs of one site's input; the linears of the site share it.
+
+    order [K] int64, factor [K, K] float32 upper triangular in that order, damping: λ / mean(diag H) that was used.
+    """
+
+    order: Tensor
+    factor: Tensor
+    damping: float
+
+
+def factorize(gram: Tensor, damping: float, name: str = "") -> Hessian:
+    """gram [K, K] float32 -> Hessian. Channels that are always zero keep their nearest codes.
+
+    damping is relative to the mean of the diagonal. Raises NumericsError when a hundred times as much does not make
+    the matrix positive definite.
+    """
+    h = gram.double()
+    diagonal = h.diagonal()
+    dead = diagonal <= 0
+    h[dead, dead] = 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    h = h[order][:, order]
+    mean = h.diagonal().mean()
+    for factor in DAMPINGS:
+        used = damping * factor
+        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (used * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if info.item() == 0:
+                return Hessian(order, upper.float(), used)
+    raise NumericsError(
+        f"{name}: XᵀX of its input is not positive definite even with a damping of {used:g}; use more calibration "
+        f"windows, or rounding: nearest."
+    )
+
+
+def round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
+    """Codes [N, K] float32 of weight [N, K] float32."""
+    order, u = hessian.order, hessian.factor
+    w = weight[:, order].clone()
+    step = grid.columns(weight.shape[1])[:, order]
+    codes = torch.empty_like(w)
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        block, errors = w[:, start:end], torch.empty(len(w), end - start, device=w.device)
+        for k in range(end - start):
+            column, s = block[:, k : k + 1], step[:, start + k : start + k + 1]
+            code = grid.codes(column, s)
+            codes[:, start + k : start + k + 1] = code
+            error = (column - code * s) / u[start + k, start + k]
+            errors[:, k : k + 1] = error
+            block[:, k:].addmm_(error, u[start + k : start + k + 1, start + k : end], alpha=-1)
+        w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
+    return codes[:, torch.argsort(order)]
+
+
+def error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ): the layer's relative output error on the calibration tokens, a scalar."""
+    difference = weight - rounded
+    return ((difference @ gram) * difference).sum() / ((weight @ gram) * weight).sum().clamp_min(1e-30)

@@ -1,0 +1,70 @@
+"""The values that one weight matrix can be stored as once its scales are chosen: an element grid times a step a group.
+
+    W ≈ step · code        code on the element grid, step [N, B] one for each row and group of K / B columns
+
+Everything that rounds (to nearest, GPTQ) works on a Grid and does not know formats; everything that packs takes the
+codes back to stored tensors. Which step a group gets is scale_search.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.kernels import codec
+
+# Format -> its element grid: float32 to the nearest code, float32, ties to even, saturating.
+ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nvfp4": codec.round_e2m1,
+    "mxfp4": codec.round_e2m1,
+    "fp8": lambda x: codec.to_e4m3(x).float(),
+    "int2": lambda x: torch.round(x).clamp_(-2, 1),
+    "int4": lambda x: torch.round(x).clamp_(-8, 7),
+    "int8": lambda x: torch.round(x).clamp_(-128, 127),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """step [N, B] float32, positive, exactly as decoded from what is stored; divisor: nvfp4's global scale [1]."""
+
+    format: str
+    step: Tensor
+    divisor: Tensor | None = None
+
+    def codes(self, weight: Tensor, step: Tensor | None = None) -> Tensor:
+        """Nearest codes of weight [N, K], float32; or of any columns, given a step that broadcasts against them."""
+        if step is not None:
+            return ELEMENTS[self.format](weight / step)
+        blocks = codec.blocks_of(weight, weight.shape[1] // self.step.shape[1])
+        return ELEMENTS[self.format](blocks / self.step.unsqueeze(-1)).flatten(-2)
+
+    def columns(self, in_features: int) -> Tensor:
+        """The step of every weight, [N, K]."""
+        return self.step.repeat_interleave(in_features // self.step.shape[1], dim=1)
+
+    def pack(self, codes: Tensor, words: bool = True) -> dict[str, Tensor]:
+        """The stored tensors of codes [N, K] (docs/formats.md); `words` packs integers, else they are int8."""
+        if self.format == "nvfp4":
+            assert self.divisor is not None
+            scale = codec.to_e4m3(self.step * self.divisor)  # exact: the divisor is a power of two
+            return {
+                "weight_packed": codec.pack_nibbles(codec.e2m1_codes(codes)),
+                "weight_scale": scale,
+                "weight_global_scale": self.divisor,
+            }
+        if self.format == "mxfp4":
+            exponent = (torch.log2(self.step) + 127).round().to(torch.uint8)
+            return {"weight_packed": codec.pack_nibbles(codec.e2m1_codes(codes)), "weight_scale": exponent}
+        if self.format == "fp8":
+            return {"weight": codec.to_e4m3(codes), "weight_scale": self.step.bfloat16()}
+        if not words:
+            return {"weight": codes.to(torch.int8), "weight_scale": self.step.bfloat16()}
+        return {
+            "weight_packed": codec.pack_int(codes.to(torch.int8), codec.FORMATS[self.format].bits),
+            "weight_scale": self.step.bfloat16(),
+            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        }
