@@ -146,6 +146,16 @@ def _token_scale(op: Body, x: ir.Value, top: float) -> ir.Value:
     return op.Where(op.Equal(scale, 0.0), float(np.finfo(np.float32).eps), scale)
 
 
+def _per_token(op: Body, x: ir.Value, rule: str) -> ir.Value:
+    """x rounded with one scale a token; rule "none" leaves it as it is."""
+    if rule == "none":
+        return x
+    step = _token_scale(op, x, 127.5 if rule == "int8" else E4M3_MAX)
+    if rule == "int8":
+        return op.Mul(op.Clip(op.Round(op.Div(x, step)), -128.0, 127.0), step)
+    return op.Mul(_to_e4m3(op, op.Div(x, step)), step)
+
+
 def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     packed = op.Reshape(v["weight_packed"], [0, -1, a["block_size"] // 2])
     values = _lookup(op, packed, E2M1_VALUES + tuple(-e for e in E2M1_VALUES))
@@ -159,6 +169,8 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
     elif a["activations"] == "mxfp4":
         x = _mxfp4(op, x)
+    else:
+        x = _per_token(op, x, a["activations"])
     return _matmul(op, x, weight, v["bias"])
 
 
@@ -190,10 +202,7 @@ def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
 
 
 def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    x = v["x"]
-    if a["activations"] == "fp8":
-        step = _token_scale(op, x, E4M3_MAX)
-        x = op.Mul(_to_e4m3(op, op.Div(x, step)), step)
+    x = _per_token(op, v["x"], a["activations"])
     return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
 
 

@@ -26,6 +26,8 @@ pytest.importorskip("compressed_tensors", reason="the runtime under test")
 SCHEMES: dict[str, dict[str, Any]] = {
     "nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
     "nvfp4a16": {"weights": "nvfp4"},
+    "nvfp4 with fp8": {"weights": "nvfp4", "activations": "fp8"},
+    "nvfp4 with int8": {"weights": "nvfp4", "activations": "int8"},
     "mxfp4": {"weights": "mxfp4", "activations": "mxfp4"},
     "mxfp4a16": {"weights": "mxfp4"},
     "int2": {"weights": "int2", "group_size": 32},

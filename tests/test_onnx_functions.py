@@ -100,7 +100,7 @@ def fp4_weight(format: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     return codec.pack_nibbles(codes.flatten(-2)), scale, divisor
 
 
-FP4_RULES = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False)]
+FP4_RULES = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False), ("fp8", False), ("int8", False)]
 
 
 def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any]:

@@ -7,13 +7,23 @@ import itertools
 import pytest
 import torch
 
-from compressor.statistics import AbsMax, ChannelSquare, Statistic
+from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Statistic
 
-KINDS = [ChannelSquare, AbsMax]
+KINDS = [ChannelSquare, AbsMax, BlockNoise]
 DEFINITION = {
     ChannelSquare: lambda x: x.double().square().mean(0).float(),
     AbsMax: lambda x: x.abs().max(),
+    BlockNoise: lambda x: torch.stack([rounding_error(row) for row in x]).square().mean(0).float(),
 }
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+
+
+def rounding_error(block: torch.Tensor) -> torch.Tensor:
+    """Of one block of 16 with its largest value on 6, by looking for the nearest of all values."""
+    scaled = block.double() / (block.double().abs().max() / 6)
+    grid = torch.cat([-E2M1, E2M1])
+    nearest = grid[(scaled.unsqueeze(-1) - grid).abs().argmin(-1)]
+    return (nearest - scaled) * block.double().abs().max() / 6
 
 
 def reduce(kind: type[Statistic], *parts: torch.Tensor) -> Statistic:
@@ -23,7 +33,7 @@ def reduce(kind: type[Statistic], *parts: torch.Tensor) -> Statistic:
     return statistic
 
 
-def inputs(count: int = 130, features: int = 7) -> torch.Tensor:
+def inputs(count: int = 130, features: int = 16) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     # Scales over six decades, where a naive running mean loses digits.
     return torch.randn(count, features, generator=generator) * torch.logspace(-3, 3, features)
@@ -67,9 +77,9 @@ def test_merge_is_associative_and_commutative(kind):
 def test_start_is_the_neutral_element(kind):
     some = reduce(kind, inputs())
     expected = some.value()
-    some.merge(kind.start(7))
+    some.merge(kind.start(16))
     assert torch.equal(some.value(), expected)
-    fresh = kind.start(7)
+    fresh = kind.start(16)
     fresh.merge(some)
     assert torch.equal(fresh.value(), expected)
 
@@ -77,7 +87,7 @@ def test_start_is_the_neutral_element(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_token_has_no_value(kind):
     with pytest.raises(ValueError, match="no token"):
-        reduce(kind, torch.empty(0, 7)).value()
+        reduce(kind, torch.empty(0, 16)).value()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,3 +113,18 @@ def test_small_squares_survive_many_large_ones():
     for _ in range(100):
         s.add(torch.full((1000, 1), 1.0))
     assert s.value().item() == pytest.approx((1e8 + 1e5) / 100_001, rel=1e-7)
+
+
+def test_gram_is_the_second_moment_however_it_is_cut():
+    x = inputs(200) / 100
+    expected = (x.double().T @ x.double() / len(x)).float()
+    scale = expected.diagonal().sqrt()
+    for cuts in ((), (1, 77), (100,)):
+        parts = [reduce(Gram, part) for part in x.tensor_split(cuts)]
+        first, *others = parts
+        for other in others:
+            first.merge(other)
+        assert ((first.value() - expected) / scale / scale[:, None]).abs().max() < 1e-6
+        assert first.tokens == 200
+    with pytest.raises(ValueError, match="no token"):
+        Gram.start(16).value()
