@@ -11,7 +11,7 @@ from compressor.errors import DataError, ModelError, NumericsError
 from compressor.layers import build
 from compressor.methods.quantize import Quantize
 from compressor.model import as_loaded, linears
-from compressor.sensitivity import costs, output_fisher
+from compressor.sensitivity import _projection, costs, output_fisher
 from compressor.statistics import ChannelSquare
 
 METHODS = {"nvfp4": Quantize("nvfp4"), "int4": Quantize("int4", group_size=32)}
@@ -169,3 +169,12 @@ def test_damage_is_named(tiny):
     model.get_submodule(name).register_full_backward_pre_hook(lambda _module, grads: (grads[0] * float("inf"),))
     with pytest.raises(NumericsError, match=f"{name}: NaN or Inf in its input or its gradient"):
         output_fisher(model, windows_of(1, 8), [name], generator())
+
+
+def test_an_encoders_objective_has_the_hessian_of_its_cosine():
+    """The covariance of the gradient over draws is that of 1 − cosine at equality, which ignores the length."""
+    o = torch.tensor([[3.0, 0.0, 4.0]]).expand(20_000, 3).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(_projection(o, generator()), o)
+    fixed = o.detach()[0]
+    hessian = torch.func.hessian(lambda x: 1 - torch.cosine_similarity(x, fixed, dim=0))(fixed.clone())
+    torch.testing.assert_close(gradient.T @ gradient / len(o), hessian, atol=1e-3, rtol=0)

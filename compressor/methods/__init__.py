@@ -10,6 +10,7 @@ A method is a frozen dataclass whose fields are its recipe options. It gives
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.quantize import Quantize
 
-METHODS = {"quantize": Quantize}
+METHODS = {"quantize": Quantize, "mixed_bits": MixedBits}
