@@ -16,6 +16,7 @@ A transform rewrites the model into one that computes the same and is easier to 
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.quantize import Quantize
 
-METHODS = {"quantize": Quantize}
+METHODS = {"quantize": Quantize, "mixed_bits": MixedBits}
