@@ -164,7 +164,7 @@ def load(folder: str | Path) -> Artifact:
         kept={name: t for name, t in tensors.items() if not name.startswith(inside)},
         tied=tied,
         generation_config=GenerationConfig.from_pretrained(folder) if generation.is_file() else None,
-        record={k: manifest[k] for k in ("model", "calibration", "layers", "kept", "quality") if k in manifest},
+        record={k: manifest[k] for k in ("model", "calibration", "steps", "layers", "kept", "quality") if k in manifest},
     )
 
 

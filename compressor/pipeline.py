@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from compressor import data as text
 from compressor import evaluate
 from compressor.artifact import Artifact
-from compressor.calibrate import Calibration, calibrate_blocks, fast_dtype
+from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_dtype
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
+from compressor.methods.transform import Transform
 from compressor.model import Loaded, as_loaded, linears, load_model, twin, unaccounted
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step
+from compressor.sensitivity import output_fisher
 from compressor.tables import pack_tables, place_tables
 
 QUALITY_WINDOWS = 16
+SURVEY_WINDOWS, FISHER_WINDOWS = 8, 4  # decisions over the whole model need means, not matrices: few tokens do
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,16 @@ def compress(
     working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Any] = {}
     for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step.options, Transform):
+            reports[f"{number} {step.method}"] = _fold(working, step, windows, dtype, progress)
+            continue
         names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
-        packed |= _compress(working, step, names, windows, dtype, details, progress)
+        decisions = _survey(working, step, names, windows, dtype, recipe.seed, progress)
+        if decisions is not None:
+            reports[f"{number} {step.method}"] = decisions.report()
+        packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
 
     progress.stage("tables")
     tables = pack_tables(working, recipe)
@@ -120,6 +130,7 @@ def compress(
         record={
             "model": loaded.source,
             "calibration": {"text": described, "windows": len(windows), "length": length, "dtype": str(dtype)[6:]},
+            "steps": reports,
             "layers": details,
             "kept": {n: p.kept for n, (_, p) in placed.items() if p.kept}
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
@@ -130,10 +141,45 @@ def compress(
     return artifact
 
 
+def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, progress: Progress) -> dict[str, Any]:
+    """One transform on the sites whose linears are all targeted; `model` computes the same afterwards."""
+    names = [n for n in linears(model) if _targeted(step, n)]
+    needs = step.options.fold_needs()
+    calibration = calibrate(model, windows[:SURVEY_WINDOWS] if needs else windows[:1], needs, names, progress, dtype=dtype)
+    return step.options.fold(model, calibration)
+
+
+def _targeted(step: Step, name: str) -> bool:
+    return any(fnmatchcase(name, p) for p in step.targets) and not any(fnmatchcase(name, p) for p in step.ignore)
+
+
+def _survey(
+    model: nn.Module,
+    step: Step,
+    names: set[str],
+    windows: Tensor,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Progress,
+) -> Any:
+    """What the step's method decides about all its linears at once, None where it has nothing to decide."""
+    options = step.options
+    if not (needs := options.survey_needs()):
+        return None
+    layers = {n: m for n, m in linears(model).items() if n in names}
+    calibration = calibrate(model, windows[:SURVEY_WINDOWS], needs, names, progress, dtype=dtype)
+    fisher = None
+    if options.sensitivity == "kl":
+        generator = torch.Generator().manual_seed(seed)
+        fisher = output_fisher(model, windows[:FISHER_WINDOWS], list(layers), generator, progress)
+    return options.survey(layers, calibration, fisher)
+
+
 def _compress(
     model: nn.Module,
     step: Step,
     names: set[str],
+    decisions: Any,
     windows: Tensor,
     dtype: torch.dtype,
     details: dict[str, dict[str, Any]],
@@ -152,7 +198,7 @@ def _compress(
         unseen.extend(part.unseen)
         hold_dense(model, False)
         layers = {n: m for n, m in linears(model).items() if n in names and n in part}
-        for name, plan in options.plan(layers, part).items():
+        for name, plan in options.plan(layers, part, decisions).items():
             made = options.apply(layers[name], plan)
             details[name] = _detail(layers[name], made, plan)
             packed[name] = _on_cpu(made)
@@ -200,7 +246,7 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
     misfits: list[str] = []
     for number, step in enumerate(recipe.steps, 1):
         where = f"step {number} ({step.method})"
-        if step.options.four_over_six and recipe.runtime != "compressor":
+        if getattr(step.options, "four_over_six", False) and recipe.runtime != "compressor":
             raise RecipeError(
                 f"{where}: only our own ops compute four_over_six activations; set runtime: compressor too, or drop it."
             )
@@ -210,6 +256,12 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
                     f"{where}: target '{pattern}' matches no linear of this model; names look like "
                     f"{', '.join(list(layers)[:3])}."
                 )
+        if isinstance(step.options, Transform):
+            if done := next((n for n, (owner, _) in placed.items() if owner is not None), None):
+                raise RecipeError(
+                    f"{where}: {done} is already compressed by an earlier step; put {step.method} before it."
+                )
+            continue
         for name, layer in layers.items():
             if not any(fnmatchcase(name, p) for p in step.targets):
                 continue

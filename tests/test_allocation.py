@@ -2,8 +2,8 @@
 
 import itertools
 import math
+import os
 import random
-import time
 
 import pytest
 import torch
@@ -119,9 +119,9 @@ def test_300_groups_take_less_than_two_seconds_and_beat_every_uniform_choice(see
     groups = instance(seed, 300, awkward=awkward)
     low, high = bounds(groups)
     budget = low + (high - low) // 3
-    started = time.perf_counter()
+    before = sum(os.times()[:4])
     found = allocate(groups, budget)
-    assert time.perf_counter() - started < 2
+    assert sum(os.times()[:4]) - before < 2  # of processor, the solver's process included
     fitting = [cost for _, cost, fits in found.uniform.values() if fits]
     assert len(fitting) == 2 and found.cost < min(fitting)
     assert found.size_bytes <= budget

@@ -1,15 +1,22 @@
 """The methods a recipe step can name, and what the pipeline asks of each.
 
-A method is a frozen dataclass whose fields are its recipe options. It gives
+A method is a frozen dataclass whose fields are its recipe options. One that stores layers gives
 
-    needs()                        the statistics it wants from calibration
     place(out_features, in_features) -> Placement      what will happen to a layer, from its shape alone
-    plan(layers, calibration) -> {name: plan}          decisions that look at several layers at once
+    survey_needs()                                     statistics for decisions over the whole model, often none
+    survey(layers, calibration, fisher) -> decisions   guards, bits: anything with a report() for the manifest
+    needs()                                            the statistics of one block's inputs
+    plan(layers, calibration, decisions) -> {name: plan}   what the layers of one block share
     apply(layer, plan) -> Packed                       one layer, pure: tensors in, Packed out
+
+A transform rewrites the model into one that computes the same and is easier to store (methods/transform.py):
+
+    fold_needs(), fold(model, calibration) -> report
 
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.quantize import Quantize
 
-METHODS = {"quantize": Quantize}
+METHODS = {"quantize": Quantize, "mixed_bits": MixedBits}

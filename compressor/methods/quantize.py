@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from compressor.calibrate import Calibration
 from compressor.kernels import codec
 from compressor.layers import Packed
-from compressor.methods import gptq, scale_search
-from compressor.statistics import AbsMax, ChannelSquare, Gram, Statistic
+from compressor.methods import gptq, guard, scale_search
+from compressor.methods.guard import Guards
+from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Statistic
 
 WEIGHT_ONLY = "none"
 # Which activation rules a runtime (or one of our ops) can pair with each weight format.
@@ -66,6 +67,9 @@ class Quantize:
     damping: float = 0.01  # of GPTQ, relative to the mean of diag(H)
     sequential: bool = False  # each block is calibrated on what the compressed blocks before it compute
     four_over_six: bool = False  # of activations
+    guard: float = 0.0  # share of the multiply-adds whose 4-bit inputs may stay at 8 bits, where that saves most
+    guard_activations: Literal["fp8", "int8"] = "fp8"
+    sensitivity: Literal["kl", "error"] = "kl"  # what "saves most" is measured in
 
     def __post_init__(self) -> None:
         if self.activations not in PAIRS[self.weights]:
@@ -92,6 +96,10 @@ class Quantize:
             raise ValueError("scales 'four_over_six' need weights: nvfp4")
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} must be above 0; 0.01 is usual")
+        if not 0 <= self.guard <= 1:
+            raise ValueError(f"guard {self.guard:g} is not a share; give a number from 0 to 1")
+        if self.guard and self.activations not in ("nvfp4", "mxfp4"):
+            raise ValueError(f"guard keeps 4-bit inputs at 8 bits, and activations '{self.activations}' have none")
 
     def needs(self) -> set[type[Statistic]]:
         """Channel squares weight the scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
@@ -103,6 +111,16 @@ class Quantize:
         if self.activations == "nvfp4":
             wanted.add(AbsMax)
         return wanted
+
+    def survey_needs(self) -> set[type[Statistic]]:
+        """What guards are chosen by: rounding noise of every input, over the whole model before anything is packed."""
+        return {BlockNoise, ChannelSquare} if self.guard else set()
+
+    def survey(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Mapping[str, Tensor] | None
+    ) -> Guards:
+        """The guarded inputs, from all layers of the step."""
+        return guard.choose(layers, calibration, fisher, self.guard)
 
     def place(self, out_features: int, in_features: int) -> Placement:
         """Format, group and padding of a [out_features, in_features] weight."""
@@ -130,15 +148,22 @@ class Quantize:
         size = out_features * (columns * fmt.bits + scales * fmt.scale_bits) // 8
         return Placement(self.weights, group, padding, None, size, note)
 
-    def plan(self, layers: Mapping[str, nn.Linear], calibration: Calibration | None) -> dict[str, LayerPlan]:
+    def plan(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration | None, guards: Guards | None = None
+    ) -> dict[str, LayerPlan]:
         """Placement of every layer, and what the linears of one site share: global scales, importance, Hessian."""
+        guarded = guards.names if guards else set()
         shared: dict[str, dict[str, Any]] = {}
         for site in calibration.sites if calibration is not None else ():
             if names := [n for n in site.names if n in layers]:
                 assert calibration is not None
                 shared |= dict.fromkeys(names, self._site(names, layers, calibration))
         return {
-            name: LayerPlan(self.place(*layer.weight.shape), activations=self.activations, **shared.get(name, {}))
+            name: LayerPlan(
+                self.place(*layer.weight.shape),
+                activations=self.guard_activations if name in guarded else self.activations,
+                **shared.get(name, {}),
+            )
             for name, layer in layers.items()
         }
 

@@ -1,0 +1,222 @@
+"""Mixed bits: each group of layers in the format that the budget allows and the model needs. Quantize does the rest.
+
+What an error costs is sensitivity.py, the integer program is allocation.py, rounding and packing are the Quantize of
+the chosen format. Linears that read one input take one format, because a runtime merges q/k/v and gate/up into one
+matrix. See docs/mixed_bits.md for the equation and the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from compressor.allocation import Allocation, Choice, allocate
+from compressor.calibrate import Calibration
+from compressor.errors import RecipeError
+from compressor.layers import Packed, build
+from compressor.methods.quantize import PAIRS, WEIGHT_ONLY, LayerPlan, Placement, Quantize
+from compressor.sensitivity import costs
+from compressor.statistics import ChannelSquare, Statistic
+
+Format = Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"]
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for a step's layers: how each is stored, and the allocation that led to it, by site."""
+
+    plans: dict[str, LayerPlan]
+    allocation: Allocation
+    sites: dict[str, tuple[str, ...]]  # group of the allocation -> the linears in it
+
+
+@dataclass(frozen=True)
+class MixedBits:
+    """`bits` (a weight, scales counted) or `size_mb` (10^6 bytes): the budget of all the step's layers together.
+
+    activations: `match` rounds them to the format of the weights where a runtime pairs the two, else not.
+    group_size is for the integer formats that take groups; the other options are handed to each format's Quantize.
+    """
+
+    bits: float | None = None
+    size_mb: float | None = None
+    choices: tuple[Format, ...] = ("nvfp4", "int8")
+    activations: Literal["none", "match"] = "none"
+    sensitivity: Literal["kl", "error"] = "kl"
+    group_size: int | None = None
+    on_misfit: Literal["smaller", "pad", "keep"] = "smaller"
+    scale_search: bool = True
+    four_over_six: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.size_mb is None):
+            raise ValueError("give one of bits and size_mb, the budget of the step's layers")
+        if (budget := self.bits if self.bits is not None else self.size_mb) is not None and not 0 < budget < math.inf:
+            raise ValueError(f"{'bits' if self.bits is not None else 'size_mb'} is {budget}; allowed: more than 0")
+        if len(self.choices) < 2 or len({*self.choices}) < len(self.choices):
+            raise ValueError(
+                f"choices are {', '.join(self.choices) or 'empty'}; allowed: two or more different formats"
+            )
+        if unknown := [c for c in self.choices if c not in PAIRS]:
+            raise ValueError(f"choices has '{unknown[0]}'; allowed: {', '.join(PAIRS)}")
+        if self.group_size is not None and not any(self._takes_groups(c) for c in self.choices):
+            raise ValueError("group_size is for weight-only integer formats, and choices has none; drop it")
+        if self.four_over_six and self._activations("nvfp4") != "nvfp4":
+            raise ValueError("four_over_six needs nvfp4 among the choices and activations: match")
+        self._methods()  # each checks its own options
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether `plan` must be given what sensitivity.output_fisher says of the step's layers."""
+        return self.sensitivity == "kl"
+
+    def needs(self) -> set[type[Statistic]]:
+        """What any of the formats needs, and the channel squares that weight errors."""
+        return {ChannelSquare}.union(*(method.needs() for method in self._methods().values()))
+
+    def place(self, out_features: int, in_features: int) -> Placement:
+        """A layer before the budget is shared out: as large as the budget's average, within what its formats allow.
+
+        With size_mb that average is known to `place_all` only, and this is the layer at its smallest.
+        """
+        placed = {c: m.place(out_features, in_features) for c, m in self._methods().items()}
+        fitting = {c: p for c, p in placed.items() if p.kept is None}
+        if not fitting:
+            return next(iter(placed.values()))
+        sizes = sorted(p.size_bytes for p in fitting.values())
+        share = int((self.bits or 0) * out_features * in_features / 8)
+        note = f"one of {', '.join(fitting)}"
+        if absent := [f"not {c}, {p.kept}" for c, p in placed.items() if p.kept]:
+            note += f" ({'; '.join(absent)})"
+        return Placement("mixed", size_bytes=min(max(share, sizes[0]), sizes[-1]), note=note)
+
+    def place_all(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Placement]:
+        """`place` of all the step's layers, with the budget shared out. Raises RecipeError when it cannot be met."""
+        fitting = {name: shape for name, shape in shapes.items() if self.place(*shape).kept is None}
+        weights = sum(n * k for n, k in fitting.values())
+        least = sum(
+            min(p.size_bytes for m in self._methods().values() if (p := m.place(*shape)).kept is None)
+            for shape in fitting.values()
+        )
+        budget = self._budget(weights, least)
+        average = replace(self, bits=budget * 8 / weights, size_mb=None) if weights else self
+        return {name: average.place(*shape) for name, shape in shapes.items()}
+
+    def plan(
+        self,
+        layers: Mapping[str, nn.Linear],
+        calibration: Calibration | None,
+        fisher: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, LayerPlan]:
+        """The plan of each layer's chosen format. Arguments and errors as `decide`."""
+        return self.decide(layers, calibration, fisher).plans
+
+    def decide(
+        self,
+        layers: Mapping[str, nn.Linear],
+        calibration: Calibration | None,
+        fisher: Mapping[str, Tensor] | None = None,
+    ) -> Decision:
+        """Round every layer to every format, weigh the errors, share out the budget.
+
+        fisher: layer name -> [N], needed where `needs_fisher`. Without calibration each layer is a site of its own and
+        channels weigh the same. A layer without any format that fits is not counted. Raises RecipeError when the
+        budget is too small, or `fisher` is missing.
+        """
+        if self.needs_fisher and fisher is None:
+            raise RecipeError("mixed_bits: sensitivity: kl needs the model's gradients; give sensitivity: error.")
+        planned = {choice: method.plan(layers, calibration) for choice, method in self._methods().items()}
+        sites = _sites(layers, calibration)
+        groups: dict[str, list[Choice]] = {}
+        for group, names in sites.items():
+            totals: dict[str, tuple[int, float]] = {}
+            for name in names:
+                for choice, (size, cost) in self._weigh(name, layers[name], planned, calibration, fisher).items():
+                    before = totals.get(choice, (0, 0.0))
+                    totals[choice] = (before[0] + size, before[1] + cost)
+            if totals:
+                groups[group] = [Choice(choice, *total) for choice, total in totals.items()]
+        weights = sum(layers[name].weight.numel() for group in groups for name in sites[group])
+        least = sum(min(c.size_bytes for c in options) for options in groups.values())
+        allocation = allocate(groups, self._budget(weights, least))
+        first = self.choices[0]  # of a layer that none fits, any plan says why
+        plans = {
+            name: planned[allocation.choices.get(group, first)][name]
+            for group, names in sites.items()
+            for name in names
+        }
+        return Decision({name: plans[name] for name in layers}, allocation, sites)
+
+    def apply(self, layer: nn.Linear, plan: LayerPlan) -> Packed:
+        """Pack one linear as the Quantize of its format does."""
+        assert plan.placement.format is not None, "a layer that is kept has no packed form"
+        return self._methods()[plan.placement.format].apply(layer, plan)
+
+    def _weigh(
+        self,
+        name: str,
+        layer: nn.Linear,
+        planned: Mapping[str, Mapping[str, LayerPlan]],
+        calibration: Calibration | None,
+        fisher: Mapping[str, Tensor] | None,
+    ) -> dict[str, tuple[int, float]]:
+        """(size_bytes, cost) of the layer in every format that fits it; one decoded weight is in memory at a time."""
+        seen = calibration is not None and calibration.seen(name)
+        importance = calibration.value(name, ChannelSquare) if calibration is not None and seen else None
+        found = {}
+        for choice, method in self._methods().items():
+            plan = planned[choice][name]
+            if plan.placement.kept is None:
+                decoded = build(method.apply(layer, plan)).dequantize()[:, : layer.in_features]
+                by_output = fisher[name] if self.needs_fisher and fisher is not None else None
+                cost = costs(layer.weight, {choice: decoded}, importance, by_output)[choice]
+                found[choice] = (plan.placement.size_bytes, cost)
+        return found
+
+    def _budget(self, weights: int, least: int) -> int:
+        """Bytes for `weights` weights, whose smallest formats take `least`. Raises RecipeError when that is more."""
+        exact = self.bits * weights / 8 if self.bits is not None else (self.size_mb or 0.0) * MEGABYTE
+        if least <= (budget := math.floor(exact)):
+            return budget
+        smallest = least * 8 / weights if self.bits is not None else least / MEGABYTE
+        option, given = ("bits", self.bits) if self.bits is not None else ("size_mb", self.size_mb)
+        raise RecipeError(
+            f"mixed_bits: {option} is {given:g}, but the smallest that {', '.join(self.choices)} can give these layers "
+            f"is {math.ceil(smallest * 1000) / 1000:g}; raise {option} or add a smaller format to choices."
+        )
+
+    def _methods(self) -> dict[str, Quantize]:
+        return {
+            choice: Quantize(
+                choice,
+                self._activations(choice),  # type: ignore[arg-type]
+                self.group_size if self._takes_groups(choice) else None,
+                self.on_misfit,
+                self.scale_search,
+                self.four_over_six and choice == "nvfp4",
+            )
+            for choice in self.choices
+        }
+
+    def _activations(self, choice: str) -> str:
+        return (
+            choice
+            if self.activations == "match" and choice in self.choices and choice in PAIRS[choice]
+            else WEIGHT_ONLY
+        )
+
+    def _takes_groups(self, choice: str) -> bool:
+        return choice.startswith("int") and self._activations(choice) == WEIGHT_ONLY
+
+
+def _sites(layers: Mapping[str, nn.Linear], calibration: Calibration | None) -> dict[str, tuple[str, ...]]:
+    """The linears that take one format, by the name of the first of them."""
+    known = calibration.sites if calibration is not None else []
+    shared = [tuple(n for n in site.names if n in layers) for site in known]
+    together = {n for names in shared for n in names}
+    return {names[0]: names for names in [*shared, *((n,) for n in layers if n not in together)] if names}

@@ -1,0 +1,19 @@
+"""What the pipeline asks of a transform: a step that changes the model's tensors but not what it computes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from compressor.calibrate import Calibration
+from compressor.statistics import Statistic
+
+
+@runtime_checkable
+class Transform(Protocol):
+    def fold_needs(self) -> set[type[Statistic]]:
+        """The statistics of every input that `fold` looks at."""
+
+    def fold(self, model: nn.Module, calibration: Calibration) -> dict[str, Any]:
+        """Replace parameters of `model`, a twin of the original; returns JSON for the manifest."""

@@ -1,0 +1,192 @@
+"""What an error in a layer's weights costs the model: the figures that allocation.py weighs against bytes.
+
+For a linear y = W x with W [N, K] that is stored as Q, h_k = mean over tokens of x_k² and D = W − Q:
+
+    error   Σ_n Σ_k h_k D_nk² / Σ_n Σ_k h_k W_nk²      the layer's relative output error; knows nothing of the rest
+    kl      ½ Σ_n F_n Σ_k h_k D_nk²                    KL(original ‖ compressed) a token, in nats, to second order
+
+F is the Fisher information, the Hessian of KL where the two models are equal (Martens 2020, "New insights and
+perspectives on the natural gradient method"). With G [N, K] the gradient with respect to W of the log-likelihood of one
+window's tokens, drawn from the model's own distribution,
+
+    F_n = Σ_windows Σ_k G_nk² / Σ_tokens Σ_k x_k²
+
+which would be the mean over tokens of the squared gradient at output n if tokens were independent. They are not: what
+all tokens have in common survives the average that attention takes over v, what differs between them does not, and the
+mean of squares is wrong by up to twenty times there. Drawn tokens, not the text's: with those it would be the
+"empirical Fisher", which is not the Hessian (Kunstner, Balles, Hennig 2019). Left out: correlations between entries of
+D, and those between layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import DataError, ModelError, NumericsError
+from compressor.parts import head_name
+from compressor.progress import Progress, Silent
+
+CHUNK_ELEMENTS = 1 << 22  # of a weight, so that its error in float32 is 16 MB at a time
+
+
+def output_fisher(
+    model: nn.Module,
+    windows: Tensor,
+    names: Collection[str],
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """F of the linears `names`, each [N] float32 on the CPU: one backward pass over each of the windows [S, L] int64.
+
+    The mean is over all S·L tokens, so an expert's figure counts how often it is chosen, and is 0 if it never was.
+    Windows are a few (8 of 512 do): what is noise in one F_n averages out over the layer.
+
+    An encoder has no distribution. There F is such that `kl` estimates the mean of 1 − cosine(original, compressed) of
+    the hidden states o: g is the gradient of rᵀo/‖o‖ for a random normal r with its part along o removed.
+
+    Parameters get no gradient, and an activation's is reduced when it appears. Memory: the activations of one window,
+    as in training. The model is as it was afterwards; give it in eval mode. Raises DataError for no tokens, ModelError
+    when no gradient reaches any of the linears, NumericsError for NaN or Inf.
+    """
+    if windows.dim() != 2 or not windows.numel():
+        raise DataError(f"sensitivity windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
+    progress = progress or Silent()
+    layers = {name: model.get_submodule(name) for name in names}
+    seen = {n: _Seen(torch.zeros(len(m.get_parameter("weight")), dtype=torch.float64)) for n, m in layers.items()}
+    objective = _projection if head_name(model) is None else _log_likelihood
+    progress.stage("sensitivity", len(windows))
+    with _frozen(model), _listening(layers, seen), torch.enable_grad():
+        for window in windows:
+            objective(_forward(model, window), generator).backward()
+            progress.advance()
+    for name, one in seen.items():
+        if not one.gradients.isfinite().all() or not math.isfinite(one.inputs):
+            raise NumericsError(f"{name}: NaN or Inf in its input or its gradient; check the weights around it.")
+    if seen and not any(one.gradients.any() for one in seen.values()):
+        raise ModelError(f"{type(model).__name__}: no gradient reaches its linears; use sensitivity: error.")
+    return {name: one.fisher(windows.numel()) for name, one in seen.items()}
+
+
+def costs(
+    weight: Tensor, quantized: Mapping[str, Tensor], importance: Tensor | None, fisher: Tensor | None
+) -> dict[str, float]:
+    """The cost of each way to store one layer: `kl` where `fisher` [N] is given, else `error`.
+
+    weight [N, K]; quantized: decoded weights [N, K] by name; importance [K]: h, 1 everywhere if None. A layer whose
+    output is zero has no error to speak of, and costs 0.
+    """
+    h = torch.ones(weight.shape[1]) if importance is None else importance
+    h = h.to(weight.device, torch.float32)
+    if fisher is None:
+        scale = _by_rows(weight, None, h).sum().reciprocal().nan_to_num(posinf=0.0).expand(len(weight))
+    else:
+        scale = 0.5 * fisher.to(weight.device, torch.float64)
+    return {name: (scale * _by_rows(weight, q, h)).sum().item() for name, q in quantized.items()}
+
+
+def _by_rows(weight: Tensor, other: Tensor | None, h: Tensor) -> Tensor:
+    """Σ_k h_k (weight − other)_nk², [N] float64."""
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    sums = []
+    for start in range(0, len(weight), rows):
+        error = weight[start : start + rows].detach().float()
+        if other is not None:
+            error = error - other[start : start + rows].to(error.device, torch.float32)
+        sums.append((error.square() @ h).double())
+    return torch.cat(sums)
+
+
+def _forward(model: Any, window: Tensor) -> Tensor:
+    """Logits [L, V], or hidden states [L, H] of an encoder, float32."""
+    tokens = window.unsqueeze(0).to(model.get_input_embeddings().weight.device)
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    out = model(input_ids=tokens, **({"use_cache": False} if takes_cache else {}))
+    result = (out.logits if hasattr(out, "logits") else out.last_hidden_state)[0].float()
+    if result.isnan().any():
+        raise NumericsError(f"{type(model).__name__}: its output for calibration text is NaN; check its weights.")
+    return result
+
+
+def _log_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ_t log p(token drawn from p), whose gradient has mean zero and the Fisher information as covariance."""
+    scores = torch.log_softmax(logits, -1)
+    drawn = torch.multinomial(scores.detach().exp().to(generator.device), 1, generator=generator)
+    return scores.gather(-1, drawn.to(scores.device)).sum()
+
+
+def _projection(hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ_t rᵀo/‖o‖ with r orthogonal to o: the squared gradient is that of 2 (1 − cosine) in the mean over r."""
+    o = hidden.detach()
+    length = o.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    along = o / length
+    r = torch.randn(o.shape, generator=generator, device=generator.device).to(o.device)
+    r = r - (r * along).sum(-1, keepdim=True) * along
+    return (r / length * hidden).sum()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gets a gradient, what comes out of the token embedding does."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    # The copy is not a leaf: a model may write into it.
+    handle = table.register_forward_hook(lambda _module, _args, out: out.detach().requires_grad_().clone())
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@dataclass
+class _Seen:
+    """Of one layer: Σ_windows Σ_k G_nk², [N] float64; Σ_t Σ_k x_tk²; how many tokens reached it."""
+
+    gradients: Tensor
+    inputs: float = 0.0
+    tokens: int = 0
+
+    def add(self, gradient: Tensor, x: Tensor) -> None:
+        """gradient [T, N], x [T, K], both of one window."""
+        self.gradients += (gradient.T @ x).square().sum(1).double().cpu()
+        self.inputs += x.square().sum().item()
+        self.tokens += len(x)
+
+    def fisher(self, all_tokens: int) -> Tensor:
+        """h is the mean over the tokens that reached the layer, KL that over all tokens: their ratio belongs here."""
+        share = self.tokens / all_tokens
+        return (self.gradients / self.inputs * share if self.inputs else torch.zeros_like(self.gradients)).float()
+
+
+@contextmanager
+def _listening(layers: Mapping[str, nn.Module], seen: Mapping[str, _Seen]) -> Iterator[None]:
+    """Add what each layer sees when its output's gradient appears; input and gradient live no longer than the graph."""
+
+    def hook(one: _Seen):
+        def see(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            def reduce(gradient: Tensor) -> None:
+                one.add(gradient.reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float())
+
+            x = args[0].detach()
+            if output.requires_grad:
+                output.register_hook(reduce)
+
+        return see
+
+    handles = [layer.register_forward_hook(hook(seen[name])) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
