@@ -124,6 +124,16 @@ class IntLinear(QuantLinear):
             self.attributes["bits"],
             self.attributes["group_size"] or 0,
             self.attributes["activations"],
+            self.optional("input_scale"),
+            self.optional("input_offset"),
+        )
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return act.quantize(
+            x,
+            self.attributes["activations"],
+            input_scale=self.optional("input_scale"),
+            input_offset=self.optional("input_offset"),
         )
 
     def dequantize(self) -> Tensor:

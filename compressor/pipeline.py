@@ -21,7 +21,7 @@ from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
-from compressor.methods.transform import Transform
+from compressor.methods.transform import Transform, stores
 from compressor.model import Loaded, as_loaded, linears, load_model, twin, unaccounted
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step
@@ -106,10 +106,13 @@ def compress(
     reports: dict[str, Any] = {}
     for number, step in enumerate(recipe.steps, 1):
         if isinstance(step.options, Transform):
-            reports[f"{number} {step.method}"] = _fold(working, step, windows, dtype, progress)
-            continue
+            decisions = _fold(working, step, windows, dtype, progress)
+            if not stores(step.options):
+                reports[f"{number} {step.method}"] = decisions
+                continue
         names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
-        decisions = _survey(working, step, names, windows, dtype, recipe.seed, progress)
+        if not isinstance(step.options, Transform):
+            decisions = _survey(working, step, names, windows, dtype, recipe.seed, progress)
         if decisions is not None:
             reports[f"{number} {step.method}"] = decisions.report()
         packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
@@ -141,11 +144,15 @@ def compress(
     return artifact
 
 
-def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, progress: Progress) -> dict[str, Any]:
-    """One transform on the sites whose linears are all targeted; `model` computes the same afterwards."""
+def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, progress: Progress) -> Any:
+    """One transform on the sites whose linears are all targeted; `model` computes the same afterwards.
+
+    Means settle with few windows. A method that stores layers may fix ranges here, and sees every token.
+    """
     names = [n for n in linears(model) if _targeted(step, n)]
     needs = step.options.fold_needs()
-    calibration = calibrate(model, windows[:SURVEY_WINDOWS] if needs else windows[:1], needs, names, progress, dtype=dtype)
+    seen = len(windows) if stores(step.options) else SURVEY_WINDOWS
+    calibration = calibrate(model, windows[: seen if needs else 1], needs, names, progress, dtype=dtype)
     return step.options.fold(model, calibration)
 
 
@@ -256,11 +263,12 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
                     f"{where}: target '{pattern}' matches no linear of this model; names look like "
                     f"{', '.join(list(layers)[:3])}."
                 )
-        if isinstance(step.options, Transform):
+        if isinstance(step.options, Transform):  # it must not find linears that are stored already
             if done := next((n for n, (owner, _) in placed.items() if owner is not None), None):
                 raise RecipeError(
                     f"{where}: {done} is already compressed by an earlier step; put {step.method} before it."
                 )
+        if not stores(step.options):
             continue
         for name, layer in layers.items():
             if not any(fnmatchcase(name, p) for p in step.targets):
@@ -330,13 +338,17 @@ def _detail(layer: nn.Linear, packed: Packed, plan: LayerPlan) -> dict[str, Any]
     bits = 8 * sum(
         t.numel() * t.element_size() for n, t in packed.tensors.items() if n.startswith("weight_") or n == "weight"
     )
-    return {
-        "format": place.format,
-        "group_size": place.group_size,
-        "padding": place.padding,
-        "bits_per_weight": round(bits / weight.numel(), 4),
-        "relative_error": round(error.item(), 6),
-    } | ({"note": place.note} if place.note else {})
+    return (
+        {
+            "format": place.format,
+            "group_size": place.group_size,
+            "padding": place.padding,
+            "bits_per_weight": round(bits / weight.numel(), 4),
+            "relative_error": round(error.item(), 6),
+        }
+        | ({"note": place.note} if place.note else {})
+        | dict(getattr(plan, "detail", {}))
+    )
 
 
 def _kept(

@@ -36,6 +36,9 @@ _ACTIVATIONS = {
     "nvfp4": _FP4["nvfp4"] | {"dynamic": "local"},  # block scales on the fly, one stored global scale
     "mxfp4": _FP4["mxfp4"] | {"dynamic": True},
     "int8": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    "int6": {"num_bits": 6, "type": "int", "strategy": "token", "dynamic": True},
+    "int8_static": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False},  # stored `input_scale`
+    "int6_static": {"num_bits": 6, "type": "int", "strategy": "tensor", "dynamic": False},
     "fp8": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
 }
 
@@ -82,6 +85,8 @@ def expressible(packed: Packed) -> str | None:
         return f"no format of the dialect stores a {packed.kind}"
     if packed.attributes.get("padding"):
         return f"its input is padded by {packed.attributes['padding']}, which the dialect cannot say"
+    if "input_offset" in packed.tensors:
+        return "its input is shifted channel by channel (input_offset), which the dialect cannot say"
     return None
 
 
@@ -141,6 +146,11 @@ def _reason(artifact: Artifact, stock: nn.Module) -> str | None:
     modules = dict(stock.named_modules())
     if transposed := next((n for n, m in modules.items() if isinstance(m, Conv1D)), None):
         return f"{transposed} is a Conv1D, which the dialect does not cover; it is stored as a linear"
+    biased = {n.removesuffix(".bias") for n in artifact.tensors() if n.endswith(".bias")}
+    if extra := next(
+        (n for n in sorted(biased) if isinstance(m := modules.get(n), nn.Linear) and m.bias is None), None
+    ):
+        return f"{extra} has a bias, and that of {type(stock).__name__} has none"
     if other := next((n for n in artifact.packed if not isinstance(modules.get(n), nn.Linear)), None):
         return f"{other} is not a linear of {type(stock).__name__}"
     return None

@@ -26,6 +26,7 @@ from compressor.exporters.onnx_nodes import (
     OPSET,
     OPTIONAL,
 )
+from compressor.kernels.activations import STATIC_BITS, TOKEN_BITS
 from compressor.kernels.codec import E2M1_MAX, E2M1_VALUES, E4M3_MAX
 
 if TYPE_CHECKING:
@@ -150,10 +151,17 @@ def _per_token(op: Body, x: ir.Value, rule: str) -> ir.Value:
     """x rounded with one scale a token; rule "none" leaves it as it is."""
     if rule == "none":
         return x
-    step = _token_scale(op, x, 127.5 if rule == "int8" else E4M3_MAX)
-    if rule == "int8":
-        return op.Mul(op.Clip(op.Round(op.Div(x, step)), -128.0, 127.0), step)
+    if rule in TOKEN_BITS:
+        step = _token_scale(op, x, 2 ** (TOKEN_BITS[rule] - 1) - 0.5)
+        return op.Mul(_int_codes(op, x, step, TOKEN_BITS[rule]), step)
+    step = _token_scale(op, x, E4M3_MAX)
     return op.Mul(_to_e4m3(op, op.Div(x, step)), step)
+
+
+def _int_codes(op: Body, x: ir.Value, step: ir.Value, bits: int) -> ir.Value:
+    """float32 in [-2^(b-1), 2^(b-1) - 1]."""
+    top = 2.0 ** (bits - 1)
+    return op.Clip(op.Round(op.Div(x, step)), -top, top - 1)
 
 
 def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
@@ -185,11 +193,13 @@ def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any])
 
 
 def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    scale = v["weight_scale"]
-    if a["activations"] == "int8":
-        step = _token_scale(op, v["x"], 127.5)
-        codes = op.Clip(op.Round(op.Div(v["x"], step)), -128.0, 127.0)
-        sums = op.MatMulInteger(op.Cast(codes, to=INT8), op.Transpose(v["weight"], perm=[1, 0]))
+    x, scale, rule = v["x"], v["weight_scale"], a["activations"]
+    if v["input_offset"] is not None:
+        x = op.Sub(x, v["input_offset"])
+    if rule != "none":
+        bits = {**TOKEN_BITS, **STATIC_BITS}[rule]
+        step = v["input_scale"] if rule in STATIC_BITS else _token_scale(op, x, 2 ** (bits - 1) - 0.5)
+        sums = op.MatMulInteger(op.Cast(_int_codes(op, x, step, bits), to=INT8), op.Transpose(v["weight"], perm=[1, 0]))
         # Two multiplications in a row: onnxruntime 1.32 turns Mul(sums, Mul(step, scale)) + bias into a fused op that
         # scales the bias too.
         y = op.Mul(op.Mul(op.Cast(sums, to=FLOAT), step), op.Transpose(scale, perm=[1, 0]))
@@ -198,7 +208,7 @@ def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
         weight = _int_rows(op, v["weight"], scale, a)
     else:
         weight = op.Mul(op.Cast(v["weight"], to=FLOAT), scale)
-    return _matmul(op, v["x"], weight, v["bias"])
+    return _matmul(op, x, weight, v["bias"])
 
 
 def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:

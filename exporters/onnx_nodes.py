@@ -18,11 +18,11 @@ STOCK_BLOCKS = (256, 128, 64, 32, 16)  # block sizes that MatMulNBits reads
 
 INPUTS = {
     "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
-    "IntLinear": ("x", "weight", "weight_scale", "bias"),
+    "IntLinear": ("x", "weight", "weight_scale", "bias", "input_scale", "input_offset"),
     "FP8Linear": ("x", "weight", "weight_scale", "bias"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
 }
-OPTIONAL = {"weight_global_scale", "input_global_scale", "bias"}
+OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset"}
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
     "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
@@ -108,7 +108,15 @@ def _emit_fp4_linear(
 
 
 def _emit_int_linear(
-    x: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, group_size: int, activations: str
+    x: Any,
+    weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    bits: int,
+    group_size: int,
+    activations: str,
+    input_scale: Any = None,
+    input_offset: Any = None,
 ) -> Any:
     from onnxscript import opset21
 
@@ -125,7 +133,8 @@ def _emit_int_linear(
             "packed": int(packed),
             "in_features": features,
         }
-        return _emit("IntLinear", (x, weight, scale, bias), attributes)
+        inputs = (x, weight, scale, bias, _float(input_scale), _float(input_offset))
+        return _emit("IntLinear", inputs, attributes)
     if repeats := (group_size or features) // block - 1:
         spread = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, repeats + 1])
         scale = op.Reshape(spread, [rows, features // block])

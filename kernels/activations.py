@@ -1,9 +1,10 @@
-"""Dynamic quantization of activations, written as quantize-then-dequantize in float32.
+"""Quantization of activations, written as quantize-then-dequantize in float32.
 
 What every fused kernel and every ONNX body must reproduce for the same input. Each rule equals what the
 compressed-tensors runtimes compute, except `four_over_six`, which only our own ops offer: a block may
 scale its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over
-Six", 2025). All functions take x [..., K] of any float dtype and return float32 of the same shape.
+Six", 2025), and an offset. The `_static` rules take one stored scale, all others find theirs when the model runs.
+All functions take x [..., K] of any float dtype and return float32 of the same shape.
 """
 
 from __future__ import annotations
@@ -13,18 +14,38 @@ from torch import Tensor
 
 from compressor.kernels import codec
 
-ACTIVATIONS = ("none", "nvfp4", "mxfp4", "int8", "fp8")
+ACTIVATIONS = ("none", "nvfp4", "mxfp4", "int8", "int6", "int8_static", "int6_static", "fp8")
+# Integer rule -> bits of its codes; one scale for all tokens, or one for each.
+STATIC_BITS = {"int8_static": 8, "int6_static": 6}
+TOKEN_BITS = {"int8": 8, "int6": 6}
 
 
-def quantize(x: Tensor, rule: str, input_global_scale: Tensor | None = None, four_over_six: bool = False) -> Tensor:
-    """Apply one rule of ACTIVATIONS. `nvfp4` needs the float32 [1] divisor `input_global_scale`."""
+def quantize(
+    x: Tensor,
+    rule: str,
+    input_global_scale: Tensor | None = None,
+    four_over_six: bool = False,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
+) -> Tensor:
+    """Apply one rule of ACTIVATIONS, to x - input_offset where there is an offset [K] (under rule "none" too).
+
+    `nvfp4` needs the float32 [1] divisor `input_global_scale`, the static rules the multiplier `input_scale` [1].
+    """
     x = x.float()
+    if input_offset is not None:
+        x = x - input_offset.float()
     if rule == "none":
         return x
     if rule == "nvfp4":
         assert input_global_scale is not None
         return nvfp4(x, input_global_scale, four_over_six)
-    return {"mxfp4": mxfp4, "int8": int8_per_token, "fp8": fp8_per_token}[rule](x)
+    if rule in STATIC_BITS:
+        assert input_scale is not None
+        return int_with(x, input_scale.float(), STATIC_BITS[rule])
+    if rule in TOKEN_BITS:
+        return int_per_token(x, TOKEN_BITS[rule])
+    return {"mxfp4": mxfp4, "fp8": fp8_per_token}[rule](x)
 
 
 def nvfp4(x: Tensor, global_scale: Tensor, four_over_six: bool = False) -> Tensor:
@@ -53,8 +74,18 @@ def mxfp4(x: Tensor) -> Tensor:
 
 def int8_per_token(x: Tensor) -> Tensor:
     """One scale a token: amax / 127.5, codes in [-128, 127]."""
-    step = token_scale(x, 127.5)
-    return torch.round(x / step).clamp(-128, 127) * step
+    return int_per_token(x, 8)
+
+
+def int_per_token(x: Tensor, bits: int) -> Tensor:
+    """One scale a token: amax / (2^(b-1) - 0.5), codes in [-2^(b-1), 2^(b-1) - 1]."""
+    return int_with(x, token_scale(x, 2 ** (bits - 1) - 0.5), bits)
+
+
+def int_with(x: Tensor, step: Tensor, bits: int) -> Tensor:
+    """A given step, broadcast against x; what lies outside of [-2^(b-1), 2^(b-1) - 1] steps is clipped."""
+    top = 2 ** (bits - 1)
+    return torch.round(x / step).clamp(-top, top - 1) * step
 
 
 def fp8_per_token(x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ FORMATS = {
         Format("mxfp4", "fp4_linear", 4, 32, 8),
         Format("int2", "int_linear", 2, None, 16),
         Format("int4", "int_linear", 4, None, 16),
+        Format("int6", "int_linear", 6, None, 16),  # never packed into words: its codes are stored as int8
         Format("int8", "int_linear", 8, None, 16),
         Format("fp8", "fp8_linear", 8, None, 16),
     )

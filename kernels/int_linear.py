@@ -1,11 +1,14 @@
-"""compressor::int_linear — y = Q(x) · dequantize(W)ᵀ + b with symmetric INT2/4/8 weights, per group or per row.
+"""compressor::int_linear — y = Q(x - z) · dequantize(W)ᵀ + b with symmetric INT2/4/6/8 weights, per group or per row.
 
 Contract, all on one device:
     x             [..., K]              any float dtype; y has the same
-    weight        [N, ceil(K*b/32)]     int32 words, offset binary (weight-only)   |   [N, K] int8 (int8 activations)
+    weight        [N, ceil(K*b/32)]     int32 words, offset binary (weight-only)   |   [N, K] int8 (integer activations)
     weight_scale  [N, ceil(K/group)]    float, multiplies; [N, 1] per row
     bias          [N]                   float, optional
-    bits          2 | 4 | 8;   group_size  0 means one group per row;   activations  "none" | "int8"
+    bits          2 | 4 | 6 | 8;   group_size  0 means one group per row
+    activations   "none" | "int8" | "int6": a scale for each token | "int8_static" | "int6_static": `input_scale`
+    input_scale   [1]                   float32, multiplies the codes of x; a power of two where we choose it
+    input_offset  [K]                   z, float32, optional: subtracted from x, whatever `activations` says
 The body below is the reference: float32 arithmetic, weights dequantized in full.
 """
 
@@ -36,13 +39,14 @@ def int_linear(
     bits: int,
     group_size: int,
     activations: str,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
 ) -> Tensor:
     dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
-    return torch.nn.functional.linear(act.quantize(x, activations), dense, None if bias is None else bias.float()).to(
-        x.dtype
-    )
+    rounded = act.quantize(x, activations, input_scale=input_scale, input_offset=input_offset)
+    return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float()).to(x.dtype)
 
 
 @int_linear.register_fake
-def _(x, weight, weight_scale, bias, bits, group_size, activations):
+def _(x, weight, weight_scale, bias, bits, group_size, activations, input_scale=None, input_offset=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -13,10 +13,13 @@ A transform rewrites the model into one that computes the same and is easier to 
 
     fold_needs(), fold(model, calibration) -> report
 
+A method can be both: then `fold` sees all windows and returns decisions, and the rest works on the folded model.
+
 Adding a method is one file, its test and one line here.
 """
 
 from compressor.methods.mixed_bits import MixedBits
+from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
 
-METHODS = {"quantize": Quantize, "mixed_bits": MixedBits}
+METHODS = {"quantize": Quantize, "mixed_bits": MixedBits, "outlier_tune": OutlierTune}

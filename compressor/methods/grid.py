@@ -23,6 +23,7 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "fp8": lambda x: codec.to_e4m3(x).float(),
     "int2": lambda x: torch.round(x).clamp_(-2, 1),
     "int4": lambda x: torch.round(x).clamp_(-8, 7),
+    "int6": lambda x: torch.round(x).clamp_(-32, 31),
     "int8": lambda x: torch.round(x).clamp_(-128, 127),
 }
 

@@ -15,5 +15,13 @@ class Transform(Protocol):
     def fold_needs(self) -> set[type[Statistic]]:
         """The statistics of every input that `fold` looks at."""
 
-    def fold(self, model: nn.Module, calibration: Calibration) -> dict[str, Any]:
-        """Replace parameters of `model`, a twin of the original; returns JSON for the manifest."""
+    def fold(self, model: nn.Module, calibration: Calibration) -> Any:
+        """Replace parameters of `model`, a twin of the original; returns JSON for the manifest.
+
+        A method that stores layers too returns its decisions instead, which have a report() and go to its `plan`.
+        """
+
+
+def stores(options: object) -> bool:
+    """Whether a step's method stores layers: all but a mere transform."""
+    return hasattr(options, "place")
