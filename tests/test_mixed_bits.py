@@ -141,6 +141,7 @@ def test_matching_activations_follow_the_format(case):
     method = MixedBits(bits=5.0, choices=("int4", "int8", "nvfp4"), activations="match", four_over_six=True)
     made = {c: q.activations for c, q in method._methods().items()}
     assert made == {"int4": "none", "int8": "int8", "nvfp4": "nvfp4"}
+    assert {c: q.four_over_six for c, q in method._methods().items()} == {"int4": False, "int8": False, "nvfp4": True}
     assert {s.__name__ for s in method.needs()} == {"ChannelSquare", "AbsMax"}
     assert MixedBits(bits=5.0, scales="absmax").needs() == {ChannelSquare}
 
