@@ -18,7 +18,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import torch
@@ -37,11 +37,12 @@ Named = list[tuple[str, nn.Module]]
 
 @dataclass
 class Call:
-    """How the model calls one block: everything but the hidden states, and a sample of those."""
+    """How the model calls one block: everything but the hidden states, and a sample and the shape of those."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sample: Tensor
+    shape: torch.Size
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         args = (hidden if a is HIDDEN else a for a in self.args)
@@ -71,9 +72,9 @@ def run_blocks(
     """
     kind = torch.device(device).type if device is not None else next(model.parameters()).device.type
     with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        calls = _record(model, windows[0], named)
+        calls = record(model, windows[0], named)
         if len(windows) > 1:
-            again = _record(model, windows[-1], named)
+            again = record(model, windows[-1], named)
             for (name, _), a, b in zip(named, calls, again, strict=True):
                 if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
                     raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
@@ -88,7 +89,7 @@ def run_blocks(
                 target = home if device is None else torch.device(device)
                 block.to(target)
                 args, kwargs = _move(call.args, target), _move(call.kwargs, target)
-                moved = Call(args, kwargs, call.sample)
+                moved = replace(call, args=args, kwargs=kwargs)
                 for i in range(len(windows)):
                     hidden = spool.read(i)
                     if i == 0 and not changed:
@@ -107,8 +108,8 @@ def run_blocks(
                 block.to(home)
 
 
-def _record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
-    """One plain forward, noting how each block is called."""
+def record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
+    """One plain forward of window [L], noting how each block is called. Raises ModelError."""
     calls: dict[str, Call] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -120,6 +121,7 @@ def _record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
                 tuple(HIDDEN if a is hidden else _without_cache(a) for a in args),
                 {k: HIDDEN if v is hidden else _without_cache(v) for k, v in kwargs.items()},
                 _sample(hidden),
+                hidden.shape,
             )
 
         return hook
