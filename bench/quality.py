@@ -1,9 +1,10 @@
-"""Quality of the shipped recipes on one model: perplexity, KL and top-1 by the project's protocol.
+"""Quality of the shipped recipes and of their parts on the demo model: perplexity, KL and top-1 by one protocol.
 
-    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--recipes w4a4 fp8]
+    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 fp8] [--device cuda]
 
-Prints the table of README and appends one JSON line per recipe to bench/results/quality.jsonl. `w4a4+46` is w4a4 for
-our own ops, with four-over-six activations. Perplexity is over --windows windows, KL and top-1 over the first 16.
+Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
+reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better.
+Perplexity is over --windows windows, KL and top-1 over the first 16.
 """
 
 from __future__ import annotations
@@ -11,45 +12,89 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import time
 from pathlib import Path
+
+from torch import Tensor
 
 from compressor import Recipe, compress
 from compressor.data import text_of, windows
-from compressor.evaluate import compare, torch_runner
+from compressor.evaluate import measure, paired_interval, torch_runner
 from compressor.folder import coverage
 from compressor.model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
-RECIPES = {"w4a4": [], "w4a4+46": OWN_OPS, "nvfp4a16": [], "w4a16": [], "w8a8": [], "fp8": [], "mxfp4": []}
+# Row -> (recipe, overrides, the row it is compared with).
+ROWS: dict[str, tuple[str, list[str], str | None]] = {
+    "w4a4-rtn, abs-max scales": ("w4a4-rtn", ["quantize.scales=absmax"], None),
+    "w4a4-rtn": ("w4a4-rtn", [], "w4a4-rtn, abs-max scales"),
+    "w4a4-rtn, four-over-six": ("w4a4-rtn", OWN_OPS, "w4a4-rtn"),
+    "w4a4": ("w4a4", [], "w4a4-rtn"),
+    "w4a4 without smooth": ("w4a4-rtn", ["quantize.rounding=gptq", "quantize.guard=0.25"], "w4a4"),
+    "w4a4 without GPTQ": ("w4a4", ["quantize.rounding=nearest"], "w4a4"),
+    "w4a4 without guard": ("w4a4", ["quantize.guard=0"], "w4a4"),
+    "w4a4 sequential": ("w4a4", ["quantize.sequential=true"], "w4a4"),
+    "w4a4-max": ("w4a4-max", [], "w4a4"),
+    "w4a4-max without guard": ("w4a4-max", ["quantize.guard=0"], "w4a4-max"),
+    "nvfp4a16 nearest, abs-max scales": ("nvfp4a16", ["quantize.rounding=nearest", "quantize.scales=absmax"], None),
+    "nvfp4a16 nearest": ("nvfp4a16", ["quantize.rounding=nearest"], "nvfp4a16 nearest, abs-max scales"),
+    "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
+    "w4a16": ("w4a16", [], None),
+    "w4a16-gptq": ("w4a16-gptq", [], "w4a16"),
+    "mxfp4": ("mxfp4", [], None),
+    "w8a8": ("w8a8", [], None),
+    "fp8": ("fp8", [], None),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--text", required=True)
+    parser.add_argument("--model", default=None, help="the demo model")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     arguments = parser.parse_args()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    original = load_model(None)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    original = load_model(arguments.model, arguments.device)
     test = windows(original.tokenizer, text_of(arguments.text)[0], arguments.windows, 512)
-    print("| recipe | bits a weight | perplexity | KL | top-1 |\n|---|---|---|---|---|", flush=True)
-    for name in arguments.recipes:
-        recipe = Recipe.load(
-            name.removesuffix("+46"), [*RECIPES[name], f"calibration.windows={arguments.calibration_windows}"]
-        )
+    print("| row | bits a weight | perplexity | KL | top-1 | KL minus the reference's |\n|---|---|---|---|---|---|")
+    kls: dict[str, Tensor] = {}
+    for name in arguments.rows:
+        start = time.monotonic()
+        recipe_name, overrides, reference = ROWS[name]
+        recipe = Recipe.load(recipe_name, [*overrides, f"calibration.windows={arguments.calibration_windows}"])
         artifact = compress(original.model, recipe, tokenizer=original.tokenizer, data=arguments.data, measure=False)
-        found = compare(torch_runner(artifact.model(dense=True)), test, torch_runner(original.model))
-        bits = coverage(artifact)["bits_per_compressed_weight"]
-        line = {"commit": git.stdout.strip(), "recipe": name, "calibration_windows": arguments.calibration_windows}
+        model = artifact.model(dense=True, device=arguments.device)
+        found = measure(torch_runner(model), test, torch_runner(original.model))
+        kls[name] = found.kl
+        line = {
+            "commit": git.stdout.strip(),
+            "row": name,
+            "calibration_windows": arguments.calibration_windows,
+            "windows": arguments.windows,
+            "device": arguments.device,
+            "bits_per_weight": coverage(artifact)["bits_per_compressed_weight"],
+            "ppl": found.losses.mean().exp().item(),
+            "base_ppl": found.base_losses.mean().exp().item(),
+            "kl": found.kl.mean().item(),
+            "top1": found.agreement.mean().item(),
+            "seconds": round(time.monotonic() - start),
+        }
+        against = ""
+        if reference in kls:
+            interval = paired_interval(found.kl, kls[reference])
+            line |= {"reference": reference, "kl_difference": interval}
+            against = f"{interval[0]:+.3f} … {interval[1]:+.3f} ({reference})"
         with RESULTS.open("a") as file:
-            file.write(json.dumps(line | {"bits_per_weight": bits} | found) + "\n")
+            file.write(json.dumps(line) + "\n")
         print(
-            f"| {name} | {bits:.2f} | {found['ppl']:.2f} ({found['base_ppl']:.2f} before) | {found['kl']:.3f} "
-            f"| {found['top1']:.3f} |",
+            f"| {name} | {line['bits_per_weight']:.2f} | {line['ppl']:.2f} ({line['base_ppl']:.2f} before) "
+            f"| {line['kl']:.3f} | {line['top1']:.3f} | {against} |",
             flush=True,
         )
 

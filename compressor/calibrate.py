@@ -56,12 +56,25 @@ class Calibration:
         site = self._site_of[name]
         if site in self._statistics:
             return self._statistics[site][statistic].value()
-        merged = statistic.start(site.features)
-        for other, values in self._statistics.items():
-            if _pattern(other.names[0]) == _pattern(site.names[0]):
-                merged.merge(values[statistic])
+        siblings = [s for s in self._statistics if _pattern(s.names[0]) == _pattern(site.names[0])]
+        return self._merged(siblings, site, statistic)
+
+    def together(self, names: Collection[str], statistic: type[Statistic]) -> Tensor:
+        """The statistic of all that several linears of one width read, such as the experts behind a norm.
+
+        An expert that got no token adds nothing. Raises as `value` does.
+        """
+        sites = dict.fromkeys(self._site_of[name] for name in names)
+        return self._merged([s for s in sites if s in self._statistics], next(iter(sites)), statistic)
+
+    def _merged(self, seen: list[Site], wanted: Site, statistic: type[Statistic]) -> Tensor:
+        merged = statistic.start(wanted.features)
+        for site in seen:
+            merged.merge(self._statistics[site][statistic])
         if not merged.tokens:
-            raise NumericsError(f"{name}: no calibration token reached it; use more windows, or ignore the layer.")
+            raise NumericsError(
+                f"{wanted.names[0]}: no calibration token reached it; use more windows, or ignore the layer."
+            )
         return merged.value()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,18 @@ def _decodes(model: nn.Module) -> bool:
     return hasattr(model, "generate") and hasattr(model.config, "use_cache")
 
 
-def compare(
-    run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()
-) -> dict[str, Any]:
-    """Figures of one language model on windows [S, L], against `base` where it is given."""
+@dataclass
+class Windows:
+    """Figures window by window, float64 [S]; KL and agreement of the first KL_WINDOWS, empty without a base."""
+
+    losses: Tensor
+    base_losses: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+def measure(run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()) -> Windows:
+    """One language model on windows [S, L], against `base` where it is given."""
     losses, base_losses, kl, agreement = [], [], [], []
     progress.stage("evaluate", len(windows))
     for index, window in enumerate(windows):
@@ -70,16 +79,30 @@ def compare(
                 kl.append((reference.exp() * (reference - scores)).sum(-1).double().mean())
                 agreement.append((reference.argmax(-1) == scores.argmax(-1)).double().mean())
         progress.advance()
-    low, high = _bootstrap(torch.stack(losses))
+    return Windows(*(torch.stack(found) if found else torch.empty(0) for found in (losses, base_losses, kl, agreement)))
+
+
+def compare(
+    run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()
+) -> dict[str, Any]:
+    """The means of `measure`, and the interval of the perplexity."""
+    found = measure(run, windows, base, progress=progress)
+    low, high = (value.exp().item() for value in _bootstrap(found.losses))
     return {
-        "ppl": math.exp(torch.stack(losses).mean()),
+        "ppl": math.exp(found.losses.mean()),
         "ppl_low": low,
         "ppl_high": high,
-        "base_ppl": math.exp(torch.stack(base_losses).mean()) if base_losses else None,
-        "kl": torch.stack(kl).mean().item() if kl else None,
-        "top1": torch.stack(agreement).mean().item() if agreement else None,
+        "base_ppl": math.exp(found.base_losses.mean()) if base is not None else None,
+        "kl": found.kl.mean().item() if base is not None else None,
+        "top1": found.agreement.mean().item() if base is not None else None,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
     }
+
+
+def paired_interval(ours: Tensor, other: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of mean(ours - other), two figures of the same windows [S]: below zero, ours is lower."""
+    low, high = _bootstrap(ours - other)
+    return low.item(), high.item()
 
 
 def compare_encoders(run: Runner, windows: Tensor, base: Runner, *, progress: Progress = Silent()) -> dict[str, Any]:
@@ -93,10 +116,11 @@ def compare_encoders(run: Runner, windows: Tensor, base: Runner, *, progress: Pr
     return {"cosine": torch.stack(cosines).mean().item(), "tokens": windows.numel()}
 
 
-def _bootstrap(losses: Tensor) -> tuple[float, float]:
+def _bootstrap(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval of the mean of values [S]."""
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(losses), (RESAMPLES, len(losses)), generator=generator)
-    low, high = losses[picks].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    low, high = values[picks].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return low, high
 
 

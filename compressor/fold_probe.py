@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,28 +19,38 @@ from compressor.blockwise import Call
 
 ROUNDS, MOST_ROUNDS = 2, 32  # more than 2 only until every linear, that of a rare expert too, has had a token
 REPEATS = 4  # windows of one repeated token; so many values tell the rows of a linear apart
-SAME = 1e-5  # relative; models that compute a norm or softmax in float32 are off by 1e-7, a wrong fold by 1
+# Relative. In float64, models that compute a norm or softmax in float32 are off by 1e-7; a wrong fold is off by 1.
+SAME = {torch.float64: 1e-5, torch.float32: 1e-4}
 CHUNK = 512  # channels whose distances to all rows are held at a time
 
 Round = dict[str, Tensor]
 
 
-class Probe:
-    """A float64 copy of one block; names are relative to the block. The block itself is only read."""
+def probe(block: nn.Module, call: Call) -> Probe:
+    """In float64, else, where an op of the block has none (grouped products of fused experts), in float32."""
+    try:
+        return Probe(block, call, torch.float64)
+    except RuntimeError:
+        return Probe(block, call, torch.float32)
 
-    def __init__(self, block: nn.Module, call: Call, seed: int = 0):
-        self.block = copy.deepcopy(block).double().eval().requires_grad_(False)
+
+class Probe:
+    """A copy of one block; names are relative to the block. The block itself is only read."""
+
+    def __init__(self, block: nn.Module, call: Call, dtype: torch.dtype, seed: int = 0):
+        self.block = copy.deepcopy(block).to(dtype).eval().requires_grad_(False)
+        self.same = SAME[dtype]
         self.linears = {n: m for n, m in self.block.named_modules() if isinstance(m, nn.Linear)}
         self.twice: set[str] = set()  # modules that run more than once a forward
         self.inputs: list[Round] = []  # per round, the first tensor that each module with parameters got
         self.outputs: list[Round] = []  # per round, what it gave; of a linear, a leaf of the graph
         self._calls: dict[str, list[tuple[Any, Any]]] = {}  # per module, (args, kwargs) over the rounds
-        self._call = Call(_double(call.args), _double(call.kwargs), call.sample, call.shape)
+        self._call = replace(call, args=_cast(call.args, dtype), kwargs=_cast(call.kwargs, dtype))
         device = next(self.block.parameters()).device
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         while len(self.inputs) < ROUNDS or (self.unseen and len(self.inputs) < MOST_ROUNDS):
             self._run(draw(*call.shape), self.inputs, self.outputs, keep=True)
@@ -93,7 +104,7 @@ class Probe:
             return None
         wanted = torch.stack([_tokens(i[consumer])[-1] for i in inputs])
         given = torch.stack([_tokens(o[producer])[-1] for o in outputs])
-        return _match(wanted.detach(), given.detach())
+        return _match(wanted.detach(), given.detach(), self.same)
 
     def linear_in(self, consumer: str) -> list[tuple[str, Tensor, bool]]:
         """(producer, rows [K], alone): linears whose rows act on one channel of `consumer`'s input each, in proportion.
@@ -118,7 +129,7 @@ class Probe:
             if len(parts) != len(wanted) or any(len(a) != len(b) for a, b in zip(parts, wanted, strict=True)):
                 continue
             given = torch.cat(parts)
-            rows = _match(torch.cat(wanted), given)
+            rows = _match(torch.cat(wanted), given, self.same)
             if rows is not None:
                 rest = given.clone()
                 rest[:, rows] = 0
@@ -158,7 +169,7 @@ class Probe:
         finally:
             for name, parameters in held.items():
                 self.module(name)._parameters.update(parameters)
-        return apart > 1e-9 * _distance(before) and left <= SAME * apart
+        return apart > 1e-9 * _distance(before) and left <= self.same * apart
 
     def _weighted(self) -> list[tuple[str, Any]]:
         return [(n, m) for n, m in self.block.named_modules() if isinstance(m._parameters.get("weight"), Tensor)]
@@ -220,10 +231,10 @@ class Probe:
         outputs.append(gave)
 
 
-def _match(wanted: Tensor, given: Tensor) -> Tensor | None:
+def _match(wanted: Tensor, given: Tensor, same: float) -> Tensor | None:
     """[K] int64 rows with given[:, rows] equal to wanted; wanted [S, K], given [S, N]; None where there are none."""
     count, available = wanted.shape[1], given.shape[1]
-    near = SAME * wanted.norm(dim=0).clamp_min(1e-12)
+    near = same * wanted.norm(dim=0).clamp_min(1e-12)
     for first in {0, available - count} if available >= count else set():  # as they are, or the end of a fused linear
         if bool(((given[:, first : first + count] - wanted).norm(dim=0) <= near).all()):
             return torch.arange(first, first + count, device=wanted.device)
@@ -278,8 +289,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _double(value: Any) -> Any:
-    return _mapped(value, lambda t: t.double() if t.is_floating_point() else t)
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return _mapped(value, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _detached(value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.blockwise import record
 from compressor.calibrate import PROBE_TOKENS, Site
-from compressor.fold_probe import Probe
+from compressor.fold_probe import Probe, probe
 from compressor.model import blocks
 
 Kind = Literal["norm", "values", "up", "activation"]
@@ -67,7 +67,7 @@ def find_folds(model: nn.Module, sites: Sequence[Site]) -> dict[tuple[str, ...],
         name, block = named[i]
         prefix = f"{name}."
         inside = [tuple(n.removeprefix(prefix) for n in s.names) for s in sites if s.names[0].startswith(prefix)]
-        for fold in _folds_of(Probe(block, calls[i]), inside):
+        for fold in _folds_of(probe(block, calls[i]), inside):
             full = _renamed(fold, lambda n, prefix=prefix: prefix + n)  # type: ignore[misc]
             found[full.site] = full
     order = {name: i for i, name in enumerate(n for site in sites for n in site.names)}
@@ -82,8 +82,8 @@ def is_exact(model: nn.Module, fold: Fold) -> bool:
     with torch.no_grad():
         call = record(model, _random_tokens(model), named)[number]
     inner = _renamed(fold, lambda n: n.removeprefix(f"{name}."))
-    probe = Probe(block, call)
-    return _proven(probe, inner, shift=False) and (not fold.shifts or _proven(probe, inner, shift=True))
+    tried = probe(block, call)
+    return _proven(tried, inner, shift=False) and (not fold.shifts or _proven(tried, inner, shift=True))
 
 
 def share(fold: Fold, values: Tensor, reduce: Literal["max", "min", "mean", "midpoint"] = "max") -> Tensor:
@@ -190,69 +190,69 @@ def _checked(model: nn.Module, fold: Fold, values: Tensor) -> Tensor:
     return values.detach().double()
 
 
-def _folds_of(probe: Probe, sites: list[tuple[str, ...]]) -> list[Fold]:
+def _folds_of(under: Probe, sites: list[tuple[str, ...]]) -> list[Fold]:
     """Every fold of the block that is proven, at most one for each site."""
     found: list[Fold] = []
-    free = [site for site in sites if not probe.unseen & set(site) and not probe.twice & set(site)]
+    free = [site for site in sites if not under.unseen & set(site) and not under.twice & set(site)]
     by_norm: dict[str, list[tuple[str, ...]]] = {}
     for site in free:
-        features = probe.linears[site[0]].in_features
-        norm = next((n for n in probe.norms(features) if all(probe.reads(r, n) for r in site)), None)
+        features = under.linears[site[0]].in_features
+        norm = next((n for n in under.norms(features) if all(under.reads(r, n) for r in site)), None)
         if norm is not None:
             by_norm.setdefault(norm, []).append(site)
         else:
-            found += _first_proven(probe, _from_linears(probe, site))
+            found += _first_proven(under, _from_linears(under, site))
     for norm, fed in by_norm.items():
-        found += _first_proven(probe, _from_norm(probe, norm, fed))
+        found += _first_proven(under, _from_norm(under, norm, fed))
     return found
 
 
-def _from_norm(probe: Probe, norm: str, sites: list[tuple[str, ...]]) -> Iterator[Fold]:
-    features = probe.linears[sites[0][0]].in_features
+def _from_norm(under: Probe, norm: str, sites: list[tuple[str, ...]]) -> Iterator[Fold]:
+    features = under.linears[sites[0][0]].in_features
     # An expert that no token reached may read this norm too, and would be left as it is.
-    if any(probe.linears[name].in_features == features for name in probe.unseen):
+    if any(under.linears[name].in_features == features for name in under.unseen):
         return
     names = tuple(name for site in sites for name in site)
-    others = [r for r in probe.readers(features) if r not in names and probe.reads(r, norm)]
-    offset = probe.weight_offset(norm)
+    others = [r for r in under.readers(features) if r not in names and under.reads(r, norm)]
+    offset = under.weight_offset(norm)
     if offset is not None:
         yield Fold(names, "norm", norm, tuple(others), False, offset=offset)
 
 
-def _from_linears(probe: Probe, site: tuple[str, ...]) -> Iterator[Fold]:
-    for name in probe.linears:
-        rows = probe.copied(name, site[0]) if name not in site else None
+def _from_linears(under: Probe, site: tuple[str, ...]) -> Iterator[Fold]:
+    for name in under.linears:
+        rows = under.copied(name, site[0]) if name not in site else None
         if rows is not None:
             groups = rows.cpu() if len(rows.unique()) < len(rows) else None
             yield Fold(site, "values", name, (), False, groups, rows.cpu())
-    for name, rows, alone in probe.linear_in(site[0]):
+    for name, rows, alone in under.linear_in(site[0]):
         groups = rows.cpu() if len(rows.unique()) < len(rows) else None
         yield Fold(site, "activation" if alone else "up", name, (), False, groups, rows.cpu())
 
 
-def _first_proven(probe: Probe, candidates: Iterable[Fold]) -> list[Fold]:
+def _first_proven(under: Probe, candidates: Iterable[Fold]) -> list[Fold]:
     for fold in candidates:
-        if fold.producer not in probe.twice and _proven(probe, fold, shift=False):
-            return [replace(fold, shifts=_can_shift(probe, fold) and _proven(probe, fold, shift=True))]
+        if fold.producer not in under.twice and _proven(under, fold, shift=False):
+            return [replace(fold, shifts=_can_shift(under, fold) and _proven(under, fold, shift=True))]
     return []
 
 
-def _can_shift(probe: Probe, fold: Fold) -> bool:
+def _can_shift(under: Probe, fold: Fold) -> bool:
     """Whether there is somewhere to put a shift: any nn.Linear can be given a bias, a norm or router cannot."""
-    if fold.kind == "norm" and probe.module(fold.producer)._parameters.get("bias") is None:
+    if fold.kind == "norm" and under.module(fold.producer)._parameters.get("bias") is None:
         return False
-    return all(isinstance(module, nn.Linear) for module in _readers(probe.block, fold))
+    return all(isinstance(module, nn.Linear) for module in _readers(under.block, fold))
 
 
-def _proven(probe: Probe, fold: Fold, shift: bool) -> bool:
-    features = probe.linears[fold.site[0]].in_features
+def _proven(under: Probe, fold: Fold, shift: bool) -> bool:
+    features = under.linears[fold.site[0]].in_features
     drawn = torch.randn(features, generator=torch.Generator().manual_seed(features), dtype=torch.float64)
     values = share(fold, drawn if shift else drawn.exp())
     producer, readers = (_shift_producer, _shift_readers) if shift else (_scale_producer, _scale_readers)
-    return probe.unchanged(
+    return under.unchanged(
         (fold.producer, *fold.site, *fold.others),
-        lambda: producer(probe.block, fold, values),
-        lambda: readers(probe.block, fold, values),
+        lambda: producer(under.block, fold, values),
+        lambda: readers(under.block, fold, values),
     )
 
 

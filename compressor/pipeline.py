@@ -284,6 +284,9 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
             if place.kept and step.options.on_misfit != "keep":
                 misfits.append(f"{name}: {place.kept}")
             placed[name] = (step, place)
+        if share_out := getattr(step.options, "place_all", None):  # a budget of the step's layers together
+            mine = {n: tuple(layers[n].weight.shape) for n, (owner, _) in placed.items() if owner is step}
+            placed |= {n: (step, place) for n, place in share_out(mine).items()}
         if misfits:
             raise RecipeError(
                 f"{where}: {len(misfits)} layers cannot be stored this way ({misfits[0]}); "

@@ -47,7 +47,7 @@ def output_fisher(
     """F of the linears `names`, each [N] float32 on the CPU: one backward pass over each of the windows [S, L] int64.
 
     The mean is over all S·L tokens, so an expert's figure counts how often it is chosen, and is 0 if it never was.
-    Windows are a few (8 of 512 do): what is noise in one F_n averages out over the layer.
+    A few windows do (docs/mixed_bits.md has 4 of 256): what is noise in one F_n averages out over the layer.
 
     An encoder has no distribution. There F is such that `kl` estimates the mean of 1 − cosine(original, compressed) of
     the hidden states o: g is the gradient of rᵀo/‖o‖ for a random normal r with its part along o removed.
@@ -159,7 +159,7 @@ class _Seen:
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """gradient [T, N], x [T, K], both of one window."""
-        self.gradients += (gradient.T @ x).square().sum(1).double().cpu()
+        self.gradients += (gradient.T @ x).square().sum(1).cpu().double()
         self.inputs += x.square().sum().item()
         self.tokens += len(x)
 

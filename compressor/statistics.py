@@ -45,29 +45,6 @@ class Statistic(ABC):
             raise ValueError(f"{type(self).__name__} has seen no token")
 
 
-class ChannelSquare(Statistic):
-    """Mean of x² per channel, [K]: the diagonal of XᵀX / T."""
-
-    def __init__(self, features: int):
-        self.total = torch.zeros(features, dtype=torch.float64)
-
-    @classmethod
-    def start(cls, features: int) -> Self:
-        return cls(features)
-
-    def add(self, x: Tensor) -> None:
-        self.total += x.float().square().sum(0, dtype=torch.float64).cpu()
-        self.tokens += len(x)
-
-    def merge(self, other: Self) -> None:
-        self.total += other.total
-        self.tokens += other.tokens
-
-    def value(self) -> Tensor:
-        self._require_tokens()
-        return (self.total / self.tokens).float()
-
-
 class Gram(Statistic):
     """Mean of x xᵀ, [K, K]: H = XᵀX / T, what second-order methods work on.
 
@@ -165,8 +142,11 @@ class ChannelMean(Statistic):
         return cls(features)
 
     def add(self, x: Tensor) -> None:
-        self.total += x.float().sum(0, dtype=torch.float64).cpu()
+        self.total += self.term(x.float()).sum(0, dtype=torch.float64).cpu()
         self.tokens += len(x)
+
+    def term(self, x: Tensor) -> Tensor:
+        return x
 
     def merge(self, other: Self) -> None:
         self.total += other.total
@@ -177,12 +157,26 @@ class ChannelMean(Statistic):
         return (self.total / self.tokens).float()
 
 
-class ChannelRange(Statistic):
-    """Smallest and largest x of each channel, [2, K]."""
+class ChannelSquare(ChannelMean):
+    """Mean of x² per channel, [K]: the diagonal of XᵀX / T."""
+
+    def term(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+class ChannelAbsMean(ChannelMean):
+    """Mean of |x| per channel, [K]."""
+
+    def term(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+class ChannelMinMax(Statistic):
+    """Smallest and largest x per channel, [2, K]."""
 
     def __init__(self, features: int):
-        self.low = torch.full((features,), torch.inf)
-        self.high = torch.full((features,), -torch.inf)
+        self.low = torch.full((features,), float("inf"))
+        self.high = torch.full((features,), -float("inf"))
 
     @classmethod
     def start(cls, features: int) -> Self:
@@ -191,19 +185,25 @@ class ChannelRange(Statistic):
     def add(self, x: Tensor) -> None:
         if len(x):
             low, high = x.aminmax(dim=0)
-            self._widen(low.float().cpu(), high.float().cpu())
+            self.low = torch.minimum(self.low, low.float().cpu())
+            self.high = torch.maximum(self.high, high.float().cpu())
             self.tokens += len(x)
 
     def merge(self, other: Self) -> None:
-        self._widen(other.low, other.high)
+        self.low = torch.minimum(self.low, other.low)
+        self.high = torch.maximum(self.high, other.high)
         self.tokens += other.tokens
-
-    def _widen(self, low: Tensor, high: Tensor) -> None:
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
     def value(self) -> Tensor:
         self._require_tokens()
         return torch.stack((self.low, self.high))
+
+
+class ChannelAbsMax(ChannelMinMax):
+    """Largest |x| per channel, [K]."""
+
+    def value(self) -> Tensor:
+        return super().value().abs().amax(0)
 
 
 class TokenSample(Statistic):

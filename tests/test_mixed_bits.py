@@ -39,6 +39,10 @@ def bits_of(layers, plans):
     return sum(p.placement.size_bytes for p in plans.values()) * 8 / sum(m.weight.numel() for m in layers.values())
 
 
+def planned(method, layers, calibration, fisher=None):
+    return method.plan(layers, calibration, method.survey(layers, calibration, fisher))
+
+
 def objective(method, plans, case):
     """The method's own objective, from what is stored."""
     _, layers, calibration, fisher = case
@@ -55,7 +59,8 @@ def objective(method, plans, case):
 def test_the_budget_is_met_and_no_uniform_choice_that_fits_is_better(case, sensitivity, bits):
     _, layers, calibration, fisher = case
     method = MixedBits(bits=bits, choices=CHOICES, sensitivity=sensitivity)
-    plans = method.plan(layers, calibration, fisher)
+    fisher = fisher if sensitivity == "kl" else None
+    plans = planned(method, layers, calibration, fisher)
     assert list(plans) == list(layers)
     assert bits - 0.35 < bits_of(layers, plans) <= bits  # within one site's step of the budget, and never above
     mixed = objective(method, plans, case)
@@ -69,8 +74,8 @@ def test_the_budget_is_met_and_no_uniform_choice_that_fits_is_better(case, sensi
 
 def test_the_layers_that_matter_get_the_bits(case):
     _, layers, calibration, fisher = case
-    decision = MixedBits(bits=6.0).decide(layers, calibration, fisher)
-    chosen = {name: plan.placement.format for name, plan in decision.plans.items()}
+    decision = MixedBits(bits=6.0).survey(layers, calibration, fisher)
+    chosen = decision.formats
     assert all(chosen[f"model.layers.{i}.self_attn.o_proj"] == "int8" for i in (0, 1))
     assert all(chosen[f"model.layers.0.mlp.{x}_proj"] == "nvfp4" for x in ("gate", "up", "down"))
     assert decision.allocation.sentence().startswith("mixed (4 nvfp4, 4 int8): cost ")
@@ -84,8 +89,8 @@ def test_the_cost_of_an_allocation_is_the_kl_of_the_model(case):
     found = {}
     for bits in (4.5, 6.0, 8.3):
         method = MixedBits(bits=bits)
-        decision, changed = method.decide(layers, calibration, fisher), copy.deepcopy(model)
-        for name, plan in decision.plans.items():
+        decision, changed = method.survey(layers, calibration, fisher), copy.deepcopy(model)
+        for name, plan in method.plan(layers, calibration, decision).items():
             decoded = build(method.apply(layers[name], plan)).dequantize()
             changed.get_submodule(name).weight = nn.Parameter(decoded)
         with torch.no_grad():
@@ -99,28 +104,30 @@ def test_the_cost_of_an_allocation_is_the_kl_of_the_model(case):
 @pytest.mark.parametrize("bits", [4.6, 5.5, 6.4, 7.3])
 def test_linears_of_one_site_take_one_format(case, bits):
     model, layers, calibration, fisher = case
-    decision = MixedBits(bits=bits).decide(layers, calibration, fisher)
+    method = MixedBits(bits=bits)
+    decision = method.survey(layers, calibration, fisher)
+    plans = method.plan(layers, calibration, decision)
     for site in sites(model):
-        assert len({decision.plans[name].placement.format for name in site.names}) == 1, site.names
+        assert len({decision.formats[name] for name in site.names}) == 1, site.names
     assert decision.sites["model.layers.0.self_attn.q_proj"] == tuple(
         f"model.layers.0.self_attn.{x}_proj" for x in "qkv"
     )
-    scales = {decision.plans[f"model.layers.0.mlp.{x}_proj"].weight_global_scale for x in ("gate", "up")}
+    scales = {plans[f"model.layers.0.mlp.{x}_proj"].weight_global_scale for x in ("gate", "up")}
     assert scales == {None} or len({s.item() for s in scales}) == 1
 
 
 def test_a_size_is_a_budget_of_all_layers_together(case):
     _, layers, calibration, fisher = case
     weights = sum(m.weight.numel() for m in layers.values())
-    by_size = MixedBits(size_mb=weights * 5.5 / 8e6).plan(layers, calibration, fisher)
-    by_bits = MixedBits(bits=5.5).plan(layers, calibration, fisher)
+    by_size = planned(MixedBits(size_mb=weights * 5.5 / 8e6), layers, calibration, fisher)
+    by_bits = planned(MixedBits(bits=5.5), layers, calibration, fisher)
     assert {n: p.placement for n, p in by_size.items()} == {n: p.placement for n, p in by_bits.items()}
 
 
 def test_plans_and_packed_are_those_of_quantize(case):
     _, layers, calibration, fisher = case
     method = MixedBits(bits=6.0, choices=("int4", "nvfp4", "fp8"), group_size=32)
-    plans = method.plan(layers, calibration, fisher)
+    plans = planned(method, layers, calibration, fisher)
     for name, plan in plans.items():
         choice = plan.placement.format
         alone = Quantize(choice, group_size=32 if choice == "int4" else None)
@@ -134,8 +141,9 @@ def test_matching_activations_follow_the_format(case):
     method = MixedBits(bits=5.0, choices=("int4", "int8", "nvfp4"), activations="match", four_over_six=True)
     made = {c: q.activations for c, q in method._methods().items()}
     assert made == {"int4": "none", "int8": "int8", "nvfp4": "nvfp4"}
+    assert {c: q.four_over_six for c, q in method._methods().items()} == {"int4": False, "int8": False, "nvfp4": True}
     assert {s.__name__ for s in method.needs()} == {"ChannelSquare", "AbsMax"}
-    assert MixedBits(bits=5.0, scale_search=False).needs() == {ChannelSquare}
+    assert MixedBits(bits=5.0, scales="absmax").needs() == {ChannelSquare}
 
 
 def test_a_format_that_does_not_fit_a_layer_is_no_choice_there():
@@ -143,10 +151,10 @@ def test_a_format_that_does_not_fit_a_layer_is_no_choice_there():
     method = MixedBits(bits=8.5, sensitivity="error")
     place = method.place(16, 40)
     assert place.kept is None and "not nvfp4, 16 does not divide in_features 40" in place.note
-    plans = method.plan(layers, None)
+    plans = planned(method, layers, None)
     assert plans["narrow"].placement.format == "int8"
     assert MixedBits(bits=6.0, choices=("nvfp4", "mxfp4")).place(16, 40).kept
-    kept = MixedBits(bits=4.5, choices=("nvfp4", "mxfp4"), sensitivity="error").plan(layers, None)
+    kept = planned(MixedBits(bits=4.5, choices=("nvfp4", "mxfp4"), sensitivity="error"), layers, None)
     assert kept["narrow"].placement.kept and kept["wide"].placement.format
 
 
@@ -165,10 +173,10 @@ def test_a_dry_run_shows_the_budget(tiny):
 def test_a_budget_that_is_too_small_says_what_is_possible(case):
     _, layers, calibration, fisher = case
     with pytest.raises(RecipeError, match=r"bits is 4\.4, but the smallest that nvfp4, int8 .* is 4\.5; raise bits"):
-        MixedBits(bits=4.4).plan(layers, calibration, fisher)
-    assert {p.placement.format for p in MixedBits(bits=4.5).plan(layers, calibration, fisher).values()} == {"nvfp4"}
+        MixedBits(bits=4.4).survey(layers, calibration, fisher)
+    assert {p.placement.format for p in planned(MixedBits(bits=4.5), layers, calibration, fisher).values()} == {"nvfp4"}
     with pytest.raises(RecipeError, match="give sensitivity: error"):
-        MixedBits(bits=5.0).plan(layers, calibration)
+        MixedBits(bits=5.0).survey(layers, calibration)
 
 
 @pytest.mark.parametrize(

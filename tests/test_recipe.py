@@ -166,7 +166,7 @@ CASES = {
     ),
     "unknown method": (
         "steps:\n  - quantise:\n      weights: int4\n",
-        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: quantize.",
+        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: mixed_bits, quantize.",
     ),
     "illegal combination": (
         "steps:\n  - quantize:\n      weights: nvfp4\n      group_size: 48\n",
@@ -312,8 +312,9 @@ def test_override_errors(override, start, write):
 def test_every_option_of_every_method_can_be_given_by_name(write):
     from dataclasses import MISSING, fields, is_dataclass
 
+    required = {"mixed_bits": {"bits": 5.0}}  # a budget, in one of two options that default to None
     for name, method in METHODS.items():
         assert is_dataclass(method) and method.__dataclass_params__.frozen
-        given = {f.name: f.default for f in fields(method) if f.default is not MISSING}
+        given = {f.name: f.default for f in fields(method) if f.default is not MISSING} | required.get(name, {})
         recipe = Recipe.from_dict({"steps": [{name: given}]})
         assert recipe.steps[0].options == method(**given)

@@ -7,12 +7,27 @@ import itertools
 import pytest
 import torch
 
-from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Statistic
+from compressor.statistics import (
+    AbsMax,
+    BlockNoise,
+    ChannelAbsMax,
+    ChannelAbsMean,
+    ChannelMean,
+    ChannelMinMax,
+    ChannelSquare,
+    Gram,
+    Statistic,
+)
 
-KINDS = [ChannelSquare, AbsMax, BlockNoise]
+KINDS = [ChannelSquare, AbsMax, ChannelMean, ChannelAbsMean, ChannelMinMax, ChannelAbsMax, BlockNoise]
+EXACT = (AbsMax, ChannelMinMax, ChannelAbsMax)
 DEFINITION = {
     ChannelSquare: lambda x: x.double().square().mean(0).float(),
     AbsMax: lambda x: x.abs().max(),
+    ChannelMean: lambda x: x.double().mean(0).float(),
+    ChannelAbsMean: lambda x: x.double().abs().mean(0).float(),
+    ChannelMinMax: lambda x: torch.stack((x.min(0).values, x.max(0).values)),
+    ChannelAbsMax: lambda x: x.abs().max(0).values,
     BlockNoise: lambda x: torch.stack([rounding_error(row) for row in x]).square().mean(0).float(),
 }
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -51,7 +66,7 @@ def test_splitting_changes_nothing(kind, cuts):
     x = inputs()
     whole, split = reduce(kind, x), reduce(kind, *x.tensor_split(cuts))
     assert split.tokens == whole.tokens == 130
-    torch.testing.assert_close(split.value(), whole.value(), rtol=1e-12 if kind is AbsMax else 2e-7, atol=0)
+    torch.testing.assert_close(split.value(), whole.value(), rtol=0 if kind in EXACT else 2e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +84,7 @@ def test_merge_is_associative_and_commutative(kind):
         c.merge(d)
         a.merge(c)
         for merged in (left, a):
-            torch.testing.assert_close(merged.value(), expected, rtol=0 if kind is AbsMax else 2e-7, atol=0)
+            torch.testing.assert_close(merged.value(), expected, rtol=0 if kind in EXACT else 2e-7, atol=0)
         torch.testing.assert_close(b.value(), reduce(kind, order[1]).value(), rtol=0, atol=0)
 
 

@@ -28,11 +28,20 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for a step's layers: how each is stored, and the allocation that led to it, by site."""
+    """The format of every layer of a step, and the allocation that led to it, by site."""
 
-    plans: dict[str, LayerPlan]
+    formats: dict[str, str]  # layer -> format; a layer that no format fits has the first choice, which says why
     allocation: Allocation
     sites: dict[str, tuple[str, ...]]  # group of the allocation -> the linears in it
+
+    def report(self) -> dict[str, object]:
+        """For the manifest: what was chosen, and what storing every site the same way would have given."""
+        return {
+            "summary": self.allocation.sentence(),
+            "size_bytes": self.allocation.size_bytes,
+            "budget_bytes": self.allocation.budget_bytes,
+            "formats": dict(sorted(self.formats.items())),
+        }
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,10 @@ class MixedBits:
     sensitivity: Literal["kl", "error"] = "kl"
     group_size: int | None = None
     on_misfit: Literal["smaller", "pad", "keep"] = "smaller"
-    scale_search: bool = True
+    scales: Literal["absmax", "mse", "weighted"] = "weighted"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    damping: float = 0.01
+    sequential: bool = False
     four_over_six: bool = False
 
     def __post_init__(self) -> None:
@@ -70,14 +82,13 @@ class MixedBits:
             raise ValueError("four_over_six needs nvfp4 among the choices and activations: match")
         self._methods()  # each checks its own options
 
-    @property
-    def needs_fisher(self) -> bool:
-        """Whether `plan` must be given what sensitivity.output_fisher says of the step's layers."""
-        return self.sensitivity == "kl"
-
     def needs(self) -> set[type[Statistic]]:
-        """What any of the formats needs, and the channel squares that weight errors."""
+        """What any of the formats needs."""
         return {ChannelSquare}.union(*(method.needs() for method in self._methods().values()))
+
+    def survey_needs(self) -> set[type[Statistic]]:
+        """Channel squares weight the errors that the formats are compared by."""
+        return {ChannelSquare}
 
     def place(self, out_features: int, in_features: int) -> Placement:
         """A layer before the budget is shared out: as large as the budget's average, within what its formats allow.
@@ -107,36 +118,30 @@ class MixedBits:
         average = replace(self, bits=budget * 8 / weights, size_mb=None) if weights else self
         return {name: average.place(*shape) for name, shape in shapes.items()}
 
-    def plan(
-        self,
-        layers: Mapping[str, nn.Linear],
-        calibration: Calibration | None,
-        fisher: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, LayerPlan]:
-        """The plan of each layer's chosen format. Arguments and errors as `decide`."""
-        return self.decide(layers, calibration, fisher).plans
-
-    def decide(
+    def survey(
         self,
         layers: Mapping[str, nn.Linear],
         calibration: Calibration | None,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> Decision:
-        """Round every layer to every format, weigh the errors, share out the budget.
+        """Round every layer to nearest in every format, weigh the errors, share out the budget.
 
-        fisher: layer name -> [N], needed where `needs_fisher`. Without calibration each layer is a site of its own and
+        fisher: layer name -> [N], for sensitivity kl. Without calibration each layer is a site of its own and
         channels weigh the same. A layer without any format that fits is not counted. Raises RecipeError when the
         budget is too small, or `fisher` is missing.
         """
-        if self.needs_fisher and fisher is None:
+        if self.sensitivity == "kl" and fisher is None:
             raise RecipeError("mixed_bits: sensitivity: kl needs the model's gradients; give sensitivity: error.")
-        planned = {choice: method.plan(layers, calibration) for choice, method in self._methods().items()}
+        nearest = {c: replace(m, rounding="nearest", activations=WEIGHT_ONLY, four_over_six=False)
+                   for c, m in self._methods().items()}  # fmt: skip
+        planned = {choice: method.plan(layers, calibration) for choice, method in nearest.items()}
         sites = _sites(layers, calibration)
         groups: dict[str, list[Choice]] = {}
         for group, names in sites.items():
             totals: dict[str, tuple[int, float]] = {}
             for name in names:
-                for choice, (size, cost) in self._weigh(name, layers[name], planned, calibration, fisher).items():
+                weighed = _weigh(name, layers[name], nearest, planned, calibration, fisher)
+                for choice, (size, cost) in weighed.items():
                     before = totals.get(choice, (0, 0.0))
                     totals[choice] = (before[0] + size, before[1] + cost)
             if totals:
@@ -144,39 +149,23 @@ class MixedBits:
         weights = sum(layers[name].weight.numel() for group in groups for name in sites[group])
         least = sum(min(c.size_bytes for c in options) for options in groups.values())
         allocation = allocate(groups, self._budget(weights, least))
-        first = self.choices[0]  # of a layer that none fits, any plan says why
-        plans = {
-            name: planned[allocation.choices.get(group, first)][name]
-            for group, names in sites.items()
-            for name in names
-        }
-        return Decision({name: plans[name] for name in layers}, allocation, sites)
+        first = self.choices[0]
+        formats = {n: allocation.choices.get(group, first) for group, names in sites.items() for n in names}
+        return Decision(formats, allocation, sites)
+
+    def plan(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration | None, decision: Decision
+    ) -> dict[str, LayerPlan]:
+        """The plan that the Quantize of each layer's format makes."""
+        plans: dict[str, LayerPlan] = {}
+        for choice, method in self._methods().items():
+            plans |= method.plan({n: m for n, m in layers.items() if decision.formats[n] == choice}, calibration)
+        return {name: plans[name] for name in layers}
 
     def apply(self, layer: nn.Linear, plan: LayerPlan) -> Packed:
         """Pack one linear as the Quantize of its format does."""
         assert plan.placement.format is not None, "a layer that is kept has no packed form"
         return self._methods()[plan.placement.format].apply(layer, plan)
-
-    def _weigh(
-        self,
-        name: str,
-        layer: nn.Linear,
-        planned: Mapping[str, Mapping[str, LayerPlan]],
-        calibration: Calibration | None,
-        fisher: Mapping[str, Tensor] | None,
-    ) -> dict[str, tuple[int, float]]:
-        """(size_bytes, cost) of the layer in every format that fits it; one decoded weight is in memory at a time."""
-        seen = calibration is not None and calibration.seen(name)
-        importance = calibration.value(name, ChannelSquare) if calibration is not None and seen else None
-        found = {}
-        for choice, method in self._methods().items():
-            plan = planned[choice][name]
-            if plan.placement.kept is None:
-                decoded = build(method.apply(layer, plan)).dequantize()[:, : layer.in_features]
-                by_output = fisher[name] if self.needs_fisher and fisher is not None else None
-                cost = costs(layer.weight, {choice: decoded}, importance, by_output)[choice]
-                found[choice] = (plan.placement.size_bytes, cost)
-        return found
 
     def _budget(self, weights: int, least: int) -> int:
         """Bytes for `weights` weights, whose smallest formats take `least`. Raises RecipeError when that is more."""
@@ -197,7 +186,10 @@ class MixedBits:
                 self._activations(choice),  # type: ignore[arg-type]
                 self.group_size if self._takes_groups(choice) else None,
                 self.on_misfit,
-                self.scale_search,
+                self.scales,
+                self.rounding,
+                self.damping,
+                self.sequential,
                 self.four_over_six and choice == "nvfp4",
             )
             for choice in self.choices
@@ -212,6 +204,27 @@ class MixedBits:
 
     def _takes_groups(self, choice: str) -> bool:
         return choice.startswith("int") and self._activations(choice) == WEIGHT_ONLY
+
+
+def _weigh(
+    name: str,
+    layer: nn.Linear,
+    methods: Mapping[str, Quantize],
+    planned: Mapping[str, Mapping[str, LayerPlan]],
+    calibration: Calibration | None,
+    fisher: Mapping[str, Tensor] | None,
+) -> dict[str, tuple[int, float]]:
+    """(size_bytes, cost) of the layer in every format that fits it; one decoded weight is in memory at a time."""
+    seen = calibration is not None and calibration.seen(name)
+    importance = calibration.value(name, ChannelSquare) if calibration is not None and seen else None
+    found = {}
+    for choice, method in methods.items():
+        plan = planned[choice][name]
+        if plan.placement.kept is None:
+            decoded = build(method.apply(layer, plan)).dequantize()[:, : layer.in_features]
+            cost = costs(layer.weight, {choice: decoded}, importance, fisher[name] if fisher else None)[choice]
+            found[choice] = (plan.placement.size_bytes, cost)
+    return found
 
 
 def _sites(layers: Mapping[str, nn.Linear], calibration: Calibration | None) -> dict[str, tuple[str, ...]]:

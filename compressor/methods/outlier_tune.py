@@ -27,7 +27,7 @@ from compressor.methods import gptq, scale_search
 from compressor.methods import static_input as static
 from compressor.methods.quantize import Placement
 from compressor.model import linears
-from compressor.statistics import ChannelMean, ChannelRange, ChannelSquare, Gram, Statistic, TokenSample
+from compressor.statistics import ChannelMean, ChannelMinMax, ChannelSquare, Gram, Statistic, TokenSample
 
 ALPHAS = (1.0, 0.9, 0.8, 0.65, 0.5)  # of static scales; the paper's first
 TOKEN_ALPHAS = (0.0, 0.25, 0.5)  # of inputs that keep one scale a token: nothing folded first
@@ -112,7 +112,7 @@ class OutlierTune:
 
     def fold_needs(self) -> set[type[Statistic]]:
         """Ranges of every token there is, and a sample to measure the errors of the choices on."""
-        return {ChannelRange, TokenSample}
+        return {ChannelMinMax, TokenSample}
 
     def fold(self, model: nn.Module, calibration: Calibration) -> Inputs:
         """Choose a rule for every input and fold scales and shifts; `model` computes the same afterwards."""
@@ -131,7 +131,7 @@ class OutlierTune:
         device = weights[0][0].device
         samples = [calibration.value(site.names[0], TokenSample).to(device) for site in sites]
         parts = list(zip(samples, weights, strict=True))
-        ranges = torch.stack([calibration.value(site.names[0], ChannelRange) for site in sites]).to(device)
+        ranges = torch.stack([calibration.value(site.names[0], ChannelMinMax) for site in sites]).to(device)
         low, high = ranges[:, 0].amin(0), ranges[:, 1].amax(0)
         if fold is not None:
             low, high = share(fold, low, "min"), share(fold, high, "max")
@@ -197,7 +197,7 @@ class OutlierTune:
 
     def needs(self) -> set[type[Statistic]]:
         """Of the folded model: what weights are rounded by, and the ranges again, to see that nothing is clipped."""
-        wanted: set[type[Statistic]] = {ChannelRange}
+        wanted: set[type[Statistic]] = {ChannelMinMax}
         if self.rounding == "gptq":
             wanted.add(Gram)
         elif self.scales == "weighted":
@@ -279,7 +279,7 @@ def _storable(model: nn.Module, fold: Fold, given: static.Static) -> static.Stat
 def _largest_code(name: str, calibration: Calibration, chosen: Input) -> float:
     """The largest |code| before clipping, over the calibration tokens and the folded model; 127.5 would be clipped."""
     assert chosen.scale is not None
-    reach = calibration.value(name, ChannelRange)
+    reach = calibration.value(name, ChannelMinMax)
     if chosen.offset is not None:
         reach = reach - chosen.offset.to(reach.device)
     return round(float(reach.abs().amax() / chosen.scale.to(reach.device)), 3)
