@@ -154,6 +154,39 @@ def test_fp4_folders_reach_float32_through_bf16(folder_of: Make, scheme: str) ->
             assert relative(model.get_submodule(name)(x), build(packed)(x)) < 1e-6, name
 
 
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("other", ["llama", "opt", "gemma"])
+def test_static_integer_inputs_load_and_compute_our_layers(
+    tiny: Any, tiny_tokenizer: Any, prose: str, tmp_path: Path, other: str, bits: int
+) -> None:
+    """Stored `input_scale`, folded norms and six-bit codes; codes at both ends of the range and beyond."""
+    (tmp_path / "prose.txt").write_text(prose)
+    settings = {"calibration": {"windows": 4, "length": 32, "data": str(tmp_path / "prose.txt")}}
+    step = {"outlier_tune": {"bits": bits, "static_within": 1000.0}}
+    recipe = Recipe.from_dict({**settings, "exports": ["safetensors"], "runtime": "transformers", "steps": [step]})
+    artifact = compress(tiny(other), recipe, tokenizer=tiny_tokenizer)
+    rule = f"int{bits}_static"
+    assert {p.attributes["activations"] for p in artifact.packed.values()} >= {rule}
+    assert hf_config.loads_in(artifact) == {"transformers": "yes"}
+    folder = artifact.save(tmp_path / "folder")
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert raw["format"] == "int-quantized"
+    sides = [g["input_activations"] for g in raw["config_groups"].values()]
+    assert {"num_bits": bits, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True} in sides
+    model = stock(folder, dtype=torch.float32)
+    for name, packed in artifact.packed.items():
+        ours, theirs = build(packed), model.get_submodule(name)
+        assert torch.equal(theirs.weight, ours.dequantize())
+        x = torch.randn(2, 9, packed.attributes["in_features"], generator=torch.Generator().manual_seed(2))
+        if packed.attributes["activations"] == rule:
+            x *= packed.tensors["input_scale"] * 2 ** (bits - 1)
+            assert (ours.quantize_input(x) - x).abs().max() > packed.tensors["input_scale"] * 2  # clipped somewhere
+        with torch.no_grad():
+            assert relative(theirs(x), ours(x)) < 1e-6, name
+    assert relative(logits(model), logits(artifact.model())) < 1e-2
+    assert_same_weights(stock(folder), artifact)  # and in bf16
+
+
 @pytest.mark.parametrize("other", ["qwen2", "gemma3", "phi", "opt", "gpt_neox", "bert"])
 def test_other_families_load(folder_of: Make, other: str) -> None:
     """Biases, tied tables, other names of blocks, encoders."""

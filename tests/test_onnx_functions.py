@@ -182,6 +182,33 @@ def test_int8_activations(has_bias: bool) -> None:
         )
 
 
+STATIC = [(rule, offset) for rule in ("int8_static", "int6_static", "int6") for offset in (False, True)]
+
+
+@pytest.mark.parametrize(("rule", "offset"), STATIC)
+def test_static_integers_and_offsets(rule: str, offset: bool) -> None:
+    """Rounding has the same bits, clipped values included; without rounding the offset is still subtracted."""
+    torch.manual_seed(0)
+    attributes = {"bits": 8, "group_size": 0, "activations": rule, "packed": 0, "in_features": K}
+    scale = torch.tensor([0.25]) if rule.endswith("static") else None
+    shift = torch.randn(K) if offset else None
+    eye, ones = torch.eye(K, dtype=torch.int8), torch.ones(K, 1)
+    inputs = {"input_scale": scale, "input_offset": shift}
+    same_bits(
+        runner("IntLinear", attributes, {"weight": eye, "weight_scale": ones, **inputs}),
+        lambda x: int_linear(x, eye, ones, None, 8, 0, rule, scale, shift),
+    )
+    values, steps, bias = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N, 1) + 0.5, torch.randn(N)
+    tensors = {"weight": values, "weight_scale": steps, "bias": bias, **inputs}
+    x = torch.randn(2, 3, K) * 20
+    for used in (rule, "none"):
+        found = runner("IntLinear", attributes | {"activations": used}, tensors)(x)
+        expected = int_linear(x, values, steps, bias, 8, 0, used, scale, shift)
+        assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    plain = int_linear(x, values, steps, bias, 8, 0, "none", scale, None)
+    assert offset != torch.equal(expected, plain)
+
+
 @pytest.mark.parametrize("rule", ["none", "fp8"])
 def test_fp8(rule: str) -> None:
     torch.manual_seed(0)

@@ -68,7 +68,24 @@ def test_int_embedding_gathers_rows(rng):
     assert int_embedding(ids[0], codec.pack_int(values, 8), scale, 8, 16, 32).shape == (2, 32)
 
 
-@pytest.mark.parametrize("op", ["fp4", "int8", "fp8", "embedding"])
+def test_static_rules_by_hand():
+    """Codes of 0.5 steps: ties to even, both ends clipped, the offset subtracted before anything is rounded."""
+    x = torch.tensor([[1.25, 1.75, -90.0, 90.0, 0.2]])
+    scale, offset = torch.tensor([0.5]), torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    found = act.quantize(x, "int8_static", input_scale=scale)
+    assert found.tolist() == [[1.0, 2.0, -64.0, 63.5, 0.0]]
+    assert act.quantize(x, "int6_static", input_scale=scale).tolist() == [[1.0, 2.0, -16.0, 15.5, 0.0]]
+    moved = act.quantize(x, "int8_static", input_scale=scale, input_offset=offset)
+    assert moved.tolist() == [[1.0, 2.0, -64.0, 63.5, -1.0]]
+    assert act.quantize(x, "none", input_offset=offset)[0, 4].item() == pytest.approx(-0.8)
+
+
+def test_six_bits_per_token_use_both_ends():
+    x = torch.tensor([[31.5, -31.5, 1.4]])
+    assert act.quantize(x, "int6").tolist() == [[31.0, -32.0, 1.0]]
+
+
+@pytest.mark.parametrize("op", ["fp4", "int8", "static", "fp8", "embedding"])
 def test_registrations_are_consistent(rng, op):
     x = torch.randn(2, 3, K, generator=rng)
     if op == "fp4":
@@ -78,6 +95,10 @@ def test_registrations_are_consistent(rng, op):
         weight = torch.randint(-128, 128, (N, K), generator=rng).to(torch.int8)
         args = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), torch.zeros(N), 8, 0, "int8")
         function = int_linear
+    elif op == "static":
+        weight = torch.randint(-32, 32, (N, K), generator=rng).to(torch.int8)
+        args = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, 6, 0, "int6_static")
+        args, function = (*args, torch.tensor([0.5]), torch.randn(K, generator=rng)), int_linear
     elif op == "fp8":
         weight = torch.randn(N, K, generator=rng).to(torch.float8_e4m3fn)
         args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear

@@ -17,6 +17,7 @@ from compressor.statistics import (
     ChannelSquare,
     Gram,
     Statistic,
+    TokenSample,
 )
 
 KINDS = [ChannelSquare, AbsMax, ChannelMean, ChannelAbsMean, ChannelMinMax, ChannelAbsMax, BlockNoise]
@@ -143,3 +144,26 @@ def test_gram_is_the_second_moment_however_it_is_cut():
         assert first.tokens == 200
     with pytest.raises(ValueError, match="no token"):
         Gram.start(16).value()
+
+
+def test_a_sample_of_tokens_depends_on_no_order_and_no_cut():
+    x = inputs(700)
+    whole = reduce(TokenSample, x).value()
+    assert whole.shape == (TokenSample.SIZE, 16)
+    left, right = reduce(TokenSample, x[:40]), reduce(TokenSample, x[40:].flip(0))
+    right.merge(left)
+    assert torch.equal(right.value(), whole)
+    rows = {tuple(row) for row in x.bfloat16().float().tolist()}
+    assert all(tuple(row) in rows for row in whole.tolist())
+    # Not the first ones, nor the largest: about as many from each quarter of the tokens and of their sizes.
+    where = torch.cdist(whole.double(), x.bfloat16().double()).argmin(1)
+    assert all(16 <= int(((where >= q * 175) & (where < (q + 1) * 175)).sum()) <= 50 for q in range(4))
+    sizes = x.norm(dim=1).argsort().argsort()[where]
+    assert all(16 <= int(((sizes >= q * 175) & (sizes < (q + 1) * 175)).sum()) <= 50 for q in range(4))
+
+
+def test_a_sample_of_few_tokens_is_all_of_them():
+    x = inputs(5)
+    assert sorted(reduce(TokenSample, x).value().tolist()) == sorted(x.bfloat16().float().tolist())
+    with pytest.raises(ValueError, match="has seen no token"):
+        TokenSample.start(3).value()

@@ -31,8 +31,6 @@ from compressor.statistics import ChannelMean, ChannelMinMax, ChannelSquare, Gra
 
 ALPHAS = (1.0, 0.9, 0.8, 0.65, 0.5)  # of static scales; the paper's first
 TOKEN_ALPHAS = (0.0, 0.25, 0.5)  # of inputs that keep one scale a token: nothing folded first
-# An offset is an operation more and something stock transformers cannot load; "auto" pays that for a bit of precision.
-WORTH_AN_OFFSET = 0.5
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class OutlierTune:
             "multiply_adds": sum(w.numel() for group in weights for w in group),
         }
         if fold is not None:
-            place = self._shift_place(model, fold, shrunk)
+            place = self._shift_place(model, fold)
             alphas = ALPHAS if self.alpha == "auto" else (self.alpha,)
             errors = {c: static_error(c) for c in product(alphas, (False, True) if place != "no" else (False,))}
             best = min(errors, key=errors.__getitem__)
@@ -181,15 +179,14 @@ class OutlierTune:
         error = token_errors[token_alpha]
         return Input(rule=f"int{self.bits}", alpha=token_alpha, shifted="no", error=error, **result)
 
-    def _shift_place(self, model: nn.Module, fold: Fold, shrunk: float) -> Literal["no", "producer", "input_offset"]:
+    def _shift_place(self, model: nn.Module, fold: Fold) -> Literal["no", "producer", "input_offset"]:
+        """Where a shift can go. "auto" adds neither biases nor offsets: stock transformers could not load them."""
         if self.symmetrize is False:
             return "no"
         if self.symmetrize is True:
             return "producer" if fold.shifts else "input_offset"
         modules = [model.get_submodule(n) for n in (fold.producer, *fold.site, *fold.others)]
-        if fold.shifts and all(m._parameters.get("bias") is not None for m in modules):
-            return "producer"
-        return "input_offset" if shrunk < WORTH_AN_OFFSET else "no"
+        return "producer" if fold.shifts and all(m._parameters.get("bias") is not None for m in modules) else "no"
 
     def survey_needs(self) -> set[type[Statistic]]:
         """Nothing: `fold` decides."""

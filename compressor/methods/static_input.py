@@ -3,7 +3,8 @@
     q = clip(round((x - z) / s))      y = W (s q) + W z + b
 
 When f = s / t is folded into the model (folds.py), s_k / f_k = t for all channels, and the op only divides by t. With a
-split alpha < 1, f = s^alpha takes a part of the differences and t is the largest of what is left (SmoothQuant). t is a power of two, so that multiplying by it is exact, near the geometric mean of s, so that the folded
+split alpha < 1, f = s^alpha takes a part of the differences and t is the largest of what is left (SmoothQuant). t is a
+power of two, so that multiplying by it is exact, near the geometric mean of s, so that the folded
 model computes in the magnitudes it was made for.
 """
 
