@@ -162,7 +162,7 @@ def test_static_integer_inputs_load_and_compute_our_layers(
     """Stored `input_scale`, folded norms and six-bit codes; codes at both ends of the range and beyond."""
     (tmp_path / "prose.txt").write_text(prose)
     settings = {"calibration": {"windows": 4, "length": 32, "data": str(tmp_path / "prose.txt")}}
-    step = {"outlier_tune": {"bits": bits, "static_within": 1000.0}}
+    step = {"outlier_tune": {"bits": bits, "static_within": 1000.0, "static_down": True}}
     recipe = Recipe.from_dict({**settings, "exports": ["safetensors"], "runtime": "transformers", "steps": [step]})
     artifact = compress(tiny(other), recipe, tokenizer=tiny_tokenizer)
     rule = f"int{bits}_static"
@@ -332,6 +332,7 @@ def test_a_config_that_does_not_fit_the_weights_is_one_sentence(folder_of: Make)
 def test_expressible_gives_reasons() -> None:
     assert hf_config.expressible(Packed("fp8_linear", {}, {"padding": 0})) is None
     assert "padded by 8" in str(hf_config.expressible(Packed("fp8_linear", {}, {"padding": 8})))
+    assert "input_offset" in str(hf_config.expressible(Packed("int_linear", {"input_offset": torch.zeros(4)}, {})))
     assert "embedding" in str(hf_config.expressible(Packed("int_embedding", {}, {})))
 
 

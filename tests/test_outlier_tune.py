@@ -20,7 +20,7 @@ from compressor.statistics import ChannelMinMax, TokenSample
 
 FAMILIES = ["llama", "opt", "bert", "gpt2"]
 LAYER_NORM = ["opt", "bert", "gpt2"]
-ALWAYS = 1e9  # static_within: static wherever a scale can be folded
+ALWAYS = {"static_within": 1e9, "static_down": True}  # static wherever a scale can be folded
 IDS = torch.randint(4, 288, (8, 48), generator=torch.Generator().manual_seed(3))
 
 
@@ -68,7 +68,7 @@ def packed(model, **options):
 def test_folding_changes_no_logit(tiny, name, symmetrize):
     model = outliers(tiny(name))
     before, original = {n: p.clone() for n, p in model.state_dict().items()}, output(model)
-    _, working, inputs = folded(model, symmetrize=symmetrize, static_within=ALWAYS)
+    _, working, inputs = folded(model, symmetrize=symmetrize, **ALWAYS)
     assert (output(working) - original).abs().max() <= 1e-4 * original.abs().max()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items()), "the original was changed"
     assert any(s.scale is not None for s in inputs.sites)
@@ -80,7 +80,7 @@ def test_folding_changes_no_logit(tiny, name, symmetrize):
 def test_nothing_that_calibration_saw_is_clipped(tiny, name, bits):
     """And the largest values come near the end of the range: the scale is no larger than needed."""
     _, inputs, plans, _ = packed(
-        outliers(tiny(name)), bits=bits, static_within=ALWAYS, symmetrize=True
+        outliers(tiny(name)), bits=bits, **ALWAYS, symmetrize=True
     )
     top, seen = 2 ** (bits - 1) - 1, 0
     for name, plan in plans.items():
@@ -93,8 +93,8 @@ def test_nothing_that_calibration_saw_is_clipped(tiny, name, bits):
 @pytest.mark.parametrize("name", LAYER_NORM)
 def test_symmetrization_shrinks_the_scales_of_layer_norms(tiny, name):
     model = outliers(tiny(name))
-    _, centred, with_shift = folded(model, static_within=ALWAYS, alpha=1.0)
-    _, _, without = folded(model, static_within=ALWAYS, alpha=1.0, symmetrize=False)
+    _, centred, with_shift = folded(model, **ALWAYS, alpha=1.0)
+    _, _, without = folded(model, **ALWAYS, alpha=1.0, symmetrize=False)
     moved = [s for s in with_shift.sites if s.shifted == "producer"]
     assert moved and all(s.shrunk < 1 for s in moved)
     ranges = calibrate(centred, IDS, {ChannelMinMax})
@@ -110,7 +110,7 @@ def test_symmetrization_shrinks_the_scales_of_layer_norms(tiny, name):
 def test_rms_norms_leave_the_shift_to_the_op(tiny):
     model = outliers(tiny("llama"))
     for symmetrize, found in ((True, {"input_offset"}), ("auto", {"no"}), (False, {"no"})):
-        _, inputs, _, made = packed(model, symmetrize=symmetrize, static_within=ALWAYS)
+        _, inputs, _, made = packed(model, symmetrize=symmetrize, **ALWAYS)
         shifted = {s.shifted for s in inputs.sites if s.names[0].endswith(("q_proj", "gate_proj"))}
         assert shifted <= found | {"no"} and bool(shifted & found)
         for name, p in made.items():
@@ -123,8 +123,8 @@ def test_an_offset_halves_the_step_of_inputs_of_one_sign(tiny):
     with torch.no_grad():
         for layer in model.model.decoder.layers:
             layer.fc1.bias += 0.5
-    _, inputs, _, made = packed(model, static_within=ALWAYS, symmetrize=True, alpha=1.0)
-    _, plain, _, without = packed(model, static_within=ALWAYS, alpha=1.0)
+    _, inputs, _, made = packed(model, **ALWAYS, symmetrize=True, alpha=1.0)
+    _, plain, _, without = packed(model, **ALWAYS, alpha=1.0)
     assert not any("input_offset" in p.tensors for p in without.values())  # auto: what every runtime can load
     for name in (n for n in made if n.endswith("fc2")):
         assert "input_offset" in made[name].tensors and inputs.of(name).shrunk <= 0.501
@@ -137,7 +137,7 @@ def test_an_offset_halves_the_step_of_inputs_of_one_sign(tiny):
 def test_the_layers_compute_what_the_original_layers_do(tiny, name, symmetrize, rounding):
     """Offset, folded shift and bias belong together: output of each layer on the folded model's own input."""
     model = outliers(tiny(name))
-    working, _, _, made = packed(model, symmetrize=symmetrize, static_within=ALWAYS, alpha=1.0, rounding=rounding)
+    working, _, _, made = packed(model, symmetrize=symmetrize, **ALWAYS, alpha=1.0, rounding=rounding)
     for layer, p in made.items():
         working.set_submodule(layer, build(p))
     found, original = output(working), output(model)
@@ -148,7 +148,7 @@ def test_the_layers_compute_what_the_original_layers_do(tiny, name, symmetrize, 
 @pytest.mark.parametrize("bits", [8, 6])
 def test_an_int32_product_is_exactly_the_fake_quantized_one(tiny, bits, symmetrize):
     """In float64, where sums of integers times two scales are exact, both give the same bits."""
-    _, inputs, _, made = packed(outliers(tiny("llama")), bits=bits, symmetrize=symmetrize, static_within=ALWAYS)
+    _, inputs, _, made = packed(outliers(tiny("llama")), bits=bits, symmetrize=symmetrize, **ALWAYS)
     generator, seen = torch.Generator().manual_seed(0), 0
     for name, p in made.items():
         module, chosen = build(p), inputs.of(name)
@@ -196,7 +196,7 @@ def test_grouped_values_share_their_scales(tiny):
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight[5] *= 20
     original = output(model)
-    _, working, inputs = folded(model, static_within=ALWAYS, alpha=1.0, symmetrize=True)
+    _, working, inputs = folded(model, **ALWAYS, alpha=1.0, symmetrize=True)
     assert (output(working) - original).abs().max() <= 1e-4 * original.abs().max()
     assert inputs.of("model.layers.0.self_attn.o_proj").scale is not None
     ratio = working.model.layers[0].self_attn.o_proj.weight / model.model.layers[0].self_attn.o_proj.weight
@@ -213,20 +213,24 @@ def test_an_input_that_is_much_better_with_a_scale_a_token_gets_one(tiny):
         model.model.layers[0].mlp.gate_proj.weight *= 4
     ids = IDS.clone()
     ids[0, 0] = 7
-    method = OutlierTune()
+    method = OutlierTune(static_down=True)
     working = twin(model)
     measured = method.fold(working, calibrate(working, ids, method.fold_needs()))
     for site in measured.sites:
         assert (site.scale is None) == site.rule.endswith("int8")
         if site.scale is not None:
             assert site.error <= 2 * site.token_error
-    always = OutlierTune(static_within=ALWAYS)
+    always = OutlierTune(**ALWAYS)
     working = twin(model)
     forced = always.fold(working, calibrate(working, ids, always.fold_needs()))
     assert all(s.scale is not None for s in forced.sites)
     for a, b in zip(measured.sites, forced.sites, strict=True):
         assert (a.scale is None) == (b.error > 2 * a.token_error)
     assert sum(s.scale is None for s in measured.sites) not in (0, len(measured.sites))
+    paper = OutlierTune(static_within=ALWAYS)
+    kept = {s.names[0].split(".")[-1] for s in paper.fold(twin(model), calibrate(model, ids, paper.fold_needs())).sites
+            if s.scale is None}  # fmt: skip
+    assert kept == {"down_proj"}
     never = OutlierTune(static_within=0.0)
     assert all(s.scale is None for s in never.fold(twin(model), calibrate(model, ids, never.fold_needs())).sites)
 
@@ -235,7 +239,7 @@ def test_gptq_lowers_the_error_of_the_folded_layer(tiny):
     model = outliers(tiny("llama"))
     errors = {}
     for rounding in ("nearest", "gptq"):
-        working, _, _, made = packed(model, bits=6, rounding=rounding, symmetrize=True, static_within=ALWAYS)
+        working, _, _, made = packed(model, bits=6, rounding=rounding, symmetrize=True, **ALWAYS)
         inputs: dict[str, tuple] = {}
         names = {layer: name for name, layer in linears(working).items()}
         for layer in names:
@@ -248,10 +252,31 @@ def test_gptq_lowers_the_error_of_the_folded_layer(tiny):
     assert errors["gptq"] < 0.8 * errors["nearest"]
 
 
-def run(model, tokenizer, text, **options):
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_weights_are_weighted_by_what_they_multiply(tiny, rounding):
+    """The second moments of the input behind its offset, from those before it and the mean."""
+    model = outliers(tiny("llama"))
+    with torch.no_grad():  # inputs with means, which random ones lack
+        model.model.embed_tokens.weight += 1.0
+    working, inputs, plans, _ = packed(model, rounding=rounding, symmetrize=True, **ALWAYS)
+    seen: dict[str, torch.Tensor] = {}
+    names = {layer: name for name, layer in linears(working).items()}
+    for layer in names:
+        layer.register_forward_pre_hook(lambda m, args: seen.update({names[m]: args[0].flatten(0, -2)}))
+    output(working)
+    moved = [n for n in names.values() if inputs.of(n).offset is not None]
+    assert moved
+    for name in moved:
+        x = seen[name].double() - inputs.of(name).offset
+        expected = x.square().mean(0).float()
+        torch.testing.assert_close(plans[name].importance, expected, rtol=1e-3, atol=1e-4 * float(expected.mean()))
+        assert (plans[name].hessian is not None) == (rounding == "gptq")
+
+
+def run(model, tokenizer, text, exports=("safetensors",), **options):
     step = {"outlier_tune": options}
     recipe = {"calibration": {"windows": 8, "length": 32, "data": str(text)}, "runtime": "compressor", "steps": [step]}
-    return compress(model, Recipe.from_dict({**recipe, "exports": ["safetensors"]}), tokenizer=tokenizer)
+    return compress(model, Recipe.from_dict({**recipe, "exports": list(exports)}), tokenizer=tokenizer)
 
 
 @pytest.fixture
@@ -270,7 +295,7 @@ def prose_ids(tiny_tokenizer, prose):
 def test_through_the_pipeline_and_back_from_the_folder(tiny, tiny_tokenizer, text, tmp_path, prose_ids):
     model = outliers(tiny("llama"))
     original = output(model, prose_ids)
-    artifact = run(model, tiny_tokenizer, text, symmetrize=True, static_within=ALWAYS)
+    artifact = run(model, tiny_tokenizer, text, symmetrize=True, **ALWAYS)
     report = artifact.record["steps"]["1 outlier_tune"]
     assert report["static_share"] == 1.0 and len(report["sites"]) == 8
     detail = artifact.record["layers"]["model.layers.0.self_attn.q_proj"]
@@ -279,8 +304,22 @@ def test_through_the_pipeline_and_back_from_the_folder(tiny, tiny_tokenizer, tex
     assert torch.equal(output(load(artifact.save(tmp_path / "out")).model(), prose_ids), found)
     assert (found - original).norm() / original.norm() < 0.1
     assert artifact.packed["model.layers.0.self_attn.q_proj"].attributes["activations"] == "int8_static"
-    again = run(model, tiny_tokenizer, text, symmetrize=True, static_within=ALWAYS)
+    again = run(model, tiny_tokenizer, text, symmetrize=True, **ALWAYS)
     assert all(torch.equal(t, again.tensors()[n]) for n, t in artifact.tensors().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_onnx_graph_computes_the_same_nodes(tiny, tiny_tokenizer, text, tmp_path, name):
+    """Offsets, folded biases and static scales, node by node and as a whole, in stock onnxruntime."""
+    pytest.importorskip("onnxruntime")
+    from compressor.verify_runtimes import check_onnxruntime, check_torch
+
+    exports = ["safetensors", "onnx"]
+    artifact = run(outliers(tiny(name)), tiny_tokenizer, text, exports=exports, symmetrize=True, **ALWAYS)
+    assert any("input_offset" in p.tensors for p in artifact.packed.values())
+    folder = artifact.save(tmp_path / "out")
+    rows = [*check_torch(folder, tmp_path), *check_onnxruntime(folder, tmp_path)]
+    assert len(rows) > 4 and all(row.status == "ok" for row in rows), rows
 
 
 def test_all_windows_set_the_ranges(tiny, tiny_tokenizer, text, monkeypatch):
@@ -299,7 +338,7 @@ def test_all_windows_set_the_ranges(tiny, tiny_tokenizer, text, monkeypatch):
 
 def test_where_transformers_cannot_follow_is_said(tiny, tiny_tokenizer, text):
     model = outliers(tiny("llama"))
-    said = hf_config.loads_in(run(model, tiny_tokenizer, text, symmetrize=True, static_within=ALWAYS))
+    said = hf_config.loads_in(run(model, tiny_tokenizer, text, symmetrize=True, **ALWAYS))
     assert "no: " in said["transformers"] and ("input_offset" in said["transformers"] or "bias" in said["transformers"])
     assert hf_config.loads_in(run(model, tiny_tokenizer, text))["transformers"] == "yes"
     step = {"outlier_tune": {"symmetrize": True}}
@@ -335,7 +374,7 @@ def test_options_out_of_range_are_one_sentence(options, message):
 def test_layers_outside_the_step_are_compensated_and_kept(tiny, tiny_tokenizer, text, prose_ids):
     """k_proj is not targeted: it reads the same norm, whose scales it must get too."""
     model = outliers(tiny("llama"))
-    artifact = run(model, tiny_tokenizer, text, ignore=["*.k_proj"], static_within=ALWAYS)
+    artifact = run(model, tiny_tokenizer, text, ignore=["*.k_proj"], **ALWAYS)
     assert "model.layers.0.self_attn.k_proj.weight" in artifact.kept
     assert not torch.equal(
         artifact.kept["model.layers.0.self_attn.k_proj.weight"].float(), model.model.layers[0].self_attn.k_proj.weight

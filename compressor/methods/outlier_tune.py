@@ -4,8 +4,8 @@
 
 The channel scales s move into whatever produces x and into W (folds.py), the shift z into the producer and b; what is
 left to the op is a division by one stored power of two. Where the producer cannot take z (an RMSNorm has no bias), the
-op can subtract it. Where x cannot be scaled, or one scale a token is that much better (down_proj, whose few massive
-tokens would set a static range), the input keeps one scale a token. docs/outlier_tune.md has figures.
+op can subtract it. Where x cannot be scaled, where one scale a token is much better, and in the second linear of an
+MLP, whose heavy tails no calibration text shows, the input keeps one scale a token. docs/outlier_tune.md has figures.
 
 Source: Wang et al., "OutlierTune", 2024 (arXiv 2406.18832).
 """
@@ -91,6 +91,7 @@ class OutlierTune:
     alpha: float | Literal["auto"] = "auto"  # the share of s, as a power, that is folded; 1.0 is the paper
     symmetrize: bool | Literal["auto"] = "auto"
     static_within: float = 2.0  # static where the error is at most this many times that of one scale a token
+    static_down: bool = False  # second linears of an MLP too; their inputs have tails that calibration does not show
     scales: Literal["absmax", "mse", "weighted"] = "weighted"
     rounding: Literal["nearest", "gptq"] = "nearest"
     damping: float = 0.01
@@ -157,7 +158,7 @@ class OutlierTune:
             "shrunk": shrunk,
             "multiply_adds": sum(w.numel() for group in weights for w in group),
         }
-        if fold is not None:
+        if fold is not None and (self.static_down or fold.kind in ("norm", "values")):
             place = self._shift_place(model, fold)
             alphas = ALPHAS if self.alpha == "auto" else (self.alpha,)
             errors = {c: static_error(c) for c in product(alphas, (False, True) if place != "no" else (False,))}
@@ -174,8 +175,8 @@ class OutlierTune:
                     rule=f"int{self.bits}_static", alpha=best[0], shifted=moved, error=errors[best], scale=found.scale,
                     offset=offset, **result,
                 )  # fmt: skip
-            if token_alpha:
-                fold_scale(model, fold, _storable(model, fold, static.split(s, None, token_alpha)).fold)
+        if fold is not None and token_alpha:
+            fold_scale(model, fold, _storable(model, fold, static.split(s, None, token_alpha)).fold)
         error = token_errors[token_alpha]
         return Input(rule=f"int{self.bits}", alpha=token_alpha, shifted="no", error=error, **result)
 
