@@ -70,7 +70,7 @@ def as_loaded(model: nn.Module, tokenizer: Any | None = None) -> Loaded:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every tensor: replacing a parameter or a module leaves the original as it is."""
+    """A copy of the modules that shares every tensor: replacing a parameter or a module leaves the original alone."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 

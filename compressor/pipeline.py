@@ -145,7 +145,8 @@ def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, pro
     """One transform on the sites whose linears are all targeted; `model` computes the same afterwards."""
     names = [n for n in linears(model) if _targeted(step, n)]
     needs = step.options.fold_needs()
-    calibration = calibrate(model, windows[:SURVEY_WINDOWS] if needs else windows[:1], needs, names, progress, dtype=dtype)
+    seen = windows if needs else windows[:1]
+    calibration = calibrate(model, seen, needs, names, progress, dtype=dtype)
     return step.options.fold(model, calibration)
 
 

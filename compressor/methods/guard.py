@@ -1,7 +1,7 @@
 """Which inputs stay at 8 bits when all the others are rounded to 4: the guards of W4A4.
 
 Rounding the input of a linear y = W x to E2M1 adds noise to y. With e_k the mean squared rounding error of channel k
-(statistics.BlockNoise) and F the Fisher information of y (sensitivity.py), what it costs is, to second order,
+(statistics.BlockNoise) and F the Fisher information of y (sensitivity.py, `inputs`), what it costs is, to second order,
 
     KL ≈ ½ Σ_n F_n Σ_k e_k W_nk²      nats a token
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.allocation import Choice, allocate
 from compressor.calibrate import Calibration
-from compressor.sensitivity import costs
+from compressor.sensitivity import Fisher, costs
 from compressor.statistics import BlockNoise, ChannelSquare
 
 EIGHT_BIT_NOISE = 1 / 16  # of the noise of 4 bits
@@ -55,7 +55,7 @@ class Guards:
     def report(self) -> dict[str, object]:
         """For the manifest: how much, and every guarded site with the reason."""
         rows = [
-            {"site": list(s.names), "share": round(s.share, 5), "noise": round(s.noise, 5), self.unit: round(s.cost, 6)}
+            {"site": [*s.names], "share": round(s.share, 5), "noise": round(s.noise, 5), self.unit: round(s.cost, 6)}
             for s in self.sites
         ]
         return {
@@ -67,7 +67,7 @@ class Guards:
 
 
 def choose(
-    layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Mapping[str, Tensor] | None, share: float
+    layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None, share: float
 ) -> Guards:
     """The sites whose guarding saves most for at most `share` of the multiply-adds of `layers`."""
     found: dict[str, Guard] = {}
@@ -83,7 +83,7 @@ def choose(
             energy = costs(weight, nothing, h, weight.new_ones(len(weight)))[""]
             spoiled = costs(weight, nothing, e, weight.new_ones(len(weight)))[""]
             noise = max(noise, spoiled / max(energy, 1e-30))
-            cost += spoiled / max(energy, 1e-30) if fisher is None else costs(weight, nothing, e, fisher[name])[""]
+            cost += spoiled / max(energy, 1e-30) if fisher is None else costs(weight, nothing, e, fisher.inputs[name])[""]
         macs = sum(layers[n].weight.numel() for n in names)
         found[names[0]] = Guard(names, cost, noise, macs / total)
     groups = {

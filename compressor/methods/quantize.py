@@ -19,6 +19,7 @@ from compressor.kernels import codec
 from compressor.layers import Packed
 from compressor.methods import gptq, guard, scale_search
 from compressor.methods.guard import Guards
+from compressor.sensitivity import Fisher
 from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Statistic
 
 WEIGHT_ONLY = "none"
@@ -102,7 +103,7 @@ class Quantize:
             raise ValueError(f"guard keeps 4-bit inputs at 8 bits, and activations '{self.activations}' have none")
 
     def needs(self) -> set[type[Statistic]]:
-        """Channel squares weight the scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
+        """Channel squares weight scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
         wanted: set[type[Statistic]] = set()
         if self.rounding == "gptq":
             wanted.add(Gram)
@@ -117,7 +118,7 @@ class Quantize:
         return {BlockNoise, ChannelSquare} if self.guard else set()
 
     def survey(
-        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Mapping[str, Tensor] | None
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None
     ) -> Guards:
         """The guarded inputs, from all layers of the step."""
         return guard.choose(layers, calibration, fisher, self.guard)
