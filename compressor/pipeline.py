@@ -119,7 +119,7 @@ def compress(
             progress.advance()
 
     progress.stage("tables")
-    tables = pack_tables(loaded.model, recipe)
+    tables = pack_tables(loaded.model, recipe, windows=windows)
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(loaded.model, packed, tables.dtypes, tables.tied)
     artifact = Artifact(

@@ -40,6 +40,7 @@ TABLE_METHODS: Mapping[str, Quantize] = {
     "nvfp4": Quantize("nvfp4"),
     "mxfp4": Quantize("mxfp4"),
 }
+HEAD_WINDOWS = 4  # 2048 tokens settle K means of squares
 # Stored beside the rows and their scales, in bytes: the global scale [1] float32, the shape [2] int64.
 EXTRA_BYTES = {"nvfp4": 4, "mxfp4": 0, "int4": 16, "int8": 16}
 EMBEDDING_KINDS = {"fp4_linear": "fp4_embedding", "int_linear": "int_embedding"}
@@ -107,15 +108,21 @@ def _place(weight: Tensor, name: str, option: str, choice: str) -> Placement:
     return replace(placement, size_bytes=placement.size_bytes + EXTRA_BYTES[placement.format])
 
 
-def pack_tables(model: nn.Module, recipe: Recipe, importance: Tensor | None = None) -> Tables:
+def pack_tables(
+    model: nn.Module, recipe: Recipe, importance: Tensor | None = None, *, windows: Tensor | None = None
+) -> Tables:
     """The tables of `place_tables`, packed.
 
     importance   [K] float32, the mean square of each channel that the head reads; weights the scale search of the head,
-                 or of the table it is tied to. An untied embedding has no use for it: its rows are read one by one.
+                 or of the table it is tied to. An untied embedding has no use for it: its rows are read one by one
+    windows      [S, L] int64 to measure the importance on, where it is not given and some table has a use for it
     """
     tables = place_tables(model, recipe)
     head = head_name(model)
     tied = f"{head}.weight" in tables.tied
+    read = next(iter(tables.placements)) if tied else head
+    if importance is None and windows is not None and read is not None and tables.placements[read][1].format:
+        importance = head_importance(model, windows[:HEAD_WINDOWS])
     for name, option, choice in _choices(model, recipe):
         placement = tables.placements[name][1]
         if placement.format is None:
