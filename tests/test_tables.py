@@ -19,7 +19,7 @@ from compressor.exporters.onnx_graph import compressed_nodes
 from compressor.layers import Packed, build
 from compressor.pipeline import plan_of
 from compressor.recipe import TableFormat
-from compressor.runtimes import OnnxSession, read_graph
+from compressor.runtimes import OnnxSession, expose, read_graph
 from compressor.tables import TABLE_METHODS, head_importance, pack_tables, place_tables
 
 CHOICES = list(TABLE_METHODS)
@@ -106,6 +106,22 @@ def test_rows_keep_the_multiplier_of_the_model(tiny: Any) -> None:
     original = model.get_input_embeddings()(IDS)
     assert table.attributes["multiplier"] == 8.0
     assert (build(table)(IDS) - original).norm() / original.norm() < 0.15
+
+
+def test_the_node_of_a_table_with_a_multiplier_ends_behind_it(tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    artifact = compress(tiny("gemma3", num_hidden_layers=1), recipe("nvfp4"), tokenizer=tiny_tokenizer)
+    folder = artifact.save(tmp_path / "out")
+    graph = read_graph(folder)
+    _, target = compressed_nodes(graph, artifact.packed)["model.embed_tokens"]
+    expose(graph, [target])
+    found = torch.from_numpy(OnnxSession(folder, graph).run(IDS)[target])
+    assert torch.equal(found, build(artifact.packed["model.embed_tokens"])(IDS))
+
+
+def test_rows_have_the_dtype_of_the_model(tiny: Any, tiny_tokenizer: Any) -> None:
+    artifact = compress(tiny("llama"), recipe("nvfp4"), tokenizer=tiny_tokenizer)
+    model = artifact.model(torch.bfloat16)
+    assert model.get_input_embeddings()(IDS).dtype == logits(model).dtype == torch.bfloat16
 
 
 def test_a_head_with_a_bias_keeps_it(tiny: Any) -> None:
