@@ -115,7 +115,7 @@ def compress(
         packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
 
     progress.stage("tables")
-    tables = pack_tables(working, recipe)
+    tables = pack_tables(working, recipe, windows=windows)
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(working, packed, tables.dtypes, tables.tied)
     artifact = Artifact(
@@ -145,7 +145,7 @@ def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, pro
     """One transform on the sites whose linears are all targeted; `model` computes the same afterwards."""
     names = [n for n in linears(model) if _targeted(step, n)]
     needs = step.options.fold_needs()
-    seen = windows if needs else windows[:1]
+    seen = windows[: SURVEY_WINDOWS if needs else 1]
     calibration = calibrate(model, seen, needs, names, progress, dtype=dtype)
     return step.options.fold(model, calibration)
 

@@ -83,7 +83,10 @@ def choose(
             energy = costs(weight, nothing, h, weight.new_ones(len(weight)))[""]
             spoiled = costs(weight, nothing, e, weight.new_ones(len(weight)))[""]
             noise = max(noise, spoiled / max(energy, 1e-30))
-            cost += spoiled / max(energy, 1e-30) if fisher is None else costs(weight, nothing, e, fisher.inputs[name])[""]
+            if fisher is None:
+                cost += spoiled / max(energy, 1e-30)
+            else:
+                cost += costs(weight, nothing, e, fisher.inputs[name])[""]
         macs = sum(layers[n].weight.numel() for n in names)
         found[names[0]] = Guard(names, cost, noise, macs / total)
     groups = {

@@ -221,15 +221,6 @@ class Quantize:
         return Packed(kind, tensors, attributes)
 
 
-def pack_int_weight(
-    weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None, search: bool, words: bool
-) -> dict[str, Tensor]:
-    """Symmetric integers with bf16 scales, rounded to nearest: weight [N, K] float32 -> the stored tensors."""
-    rule = ("weighted" if importance is not None else "mse") if search else "absmax"
-    grid = scale_search.choose(f"int{bits}", weight, group_size, importance, rule)
-    return grid.pack(grid.codes(weight), words)
-
-
 def _smaller_group(in_features: int, group: int) -> int | None:
     while group > SMALLEST_GROUP:
         group //= 2
