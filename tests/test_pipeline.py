@@ -56,7 +56,7 @@ def test_dense_and_packed_models_agree_bit_for_bit(tiny, tiny_tokenizer, text):
 
 
 def test_sites_share_their_global_scales(tiny, tiny_tokenizer, text):
-    packed = compress(tiny("llama"), recipe("w4a4"), tokenizer=tiny_tokenizer, data=text).packed
+    packed = compress(tiny("llama"), recipe("w4a4-rtn"), tokenizer=tiny_tokenizer, data=text).packed
     for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for scale in ("weight_global_scale", "input_global_scale"):
             values = {

@@ -42,6 +42,7 @@ class Guards:
     sites: tuple[Guard, ...]
     predicted: tuple[float, float]  # cost of all sites' rounding without and with the guards
     unit: str  # "KL" or "relative output noise"
+    total: int  # sites, guarded or not
 
     @property
     def names(self) -> set[str]:
@@ -58,7 +59,10 @@ class Guards:
             {"site": [*s.names], "share": round(s.share, 5), "noise": round(s.noise, 5), self.unit: round(s.cost, 6)}
             for s in self.sites
         ]
+        before, after = self.predicted
         return {
+            "summary": f"{len(self.sites)} of {self.total} inputs keep 8 bits ({self.share:.1%} of the multiply-adds); "
+            f"predicted {self.unit} of the rounded inputs {before:.3g} -> {after:.3g}",
             "share_of_multiply_adds": round(self.share, 4),
             "input_bits": round(4 + 4 * self.share, 3),
             f"predicted {self.unit} of rounded inputs": [round(c, 6) for c in self.predicted],
@@ -97,4 +101,4 @@ def choose(
     guarded = tuple(g for name, g in found.items() if chosen[name] == "8")
     without = sum(g.cost for g in found.values())
     saved = sum(g.cost for g in guarded) * (1 - EIGHT_BIT_NOISE)
-    return Guards(guarded, (without, without - saved), "relative output noise" if fisher is None else "KL")
+    return Guards(guarded, (without, without - saved), "relative output noise" if fisher is None else "KL", len(found))
