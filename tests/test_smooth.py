@@ -180,6 +180,13 @@ def test_powers_of_two_change_no_bit_of_the_logits(tiny, rule):
     assert all(torch.tensor(v).log2().frac() == 0 for v in ends) and max(ends) > 1
 
 
+def test_a_tie_is_alpha_zero(tiny):
+    """Powers of two near 1 round to 1, so that the first alphas of the grid are one scale: none is claimed."""
+    _, report = folded(as_loaded(tiny("llama")).model, Smooth("awq", power_of_two=True))
+    idle = [site for site in report.values() if site["scale_min"] == site["scale_max"] == 1]
+    assert idle and all(site["alpha"] == 0 for site in idle)
+
+
 def test_dead_channels_keep_a_scale_of_one(tiny):
     model = as_loaded(with_outliers(tiny("llama"))).model
     norm = model.model.layers[0].post_attention_layernorm
