@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "nvfp4a16 nearest, abs-max scales": ("nvfp4a16", ["quantize.rounding=nearest", "quantize.scales=absmax"], None),
     "nvfp4a16 nearest": ("nvfp4a16", ["quantize.rounding=nearest"], "nvfp4a16 nearest, abs-max scales"),
     "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
+    "nvfp4a16-small": ("nvfp4a16-small", [], "nvfp4a16"),
     "w4a16": ("w4a16", [], None),
     "w4a16-gptq": ("w4a16-gptq", [], "w4a16"),
     "mxfp4": ("mxfp4", [], None),

@@ -170,11 +170,12 @@ class Quantize:
 
     def _site(self, names: list[str], layers: Mapping[str, nn.Linear], calibration: Calibration) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        device = layers[names[0]].weight.device
         if self.weights == "nvfp4":
             amax = torch.stack([layers[n].weight.detach().abs().amax() for n in names]).amax()
             found["weight_global_scale"] = codec.nvfp4_weight_divisor(amax)
         if self.activations == "nvfp4":
-            found["input_global_scale"] = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax))
+            found["input_global_scale"] = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax).to(device))
         if self.rounding == "gptq":
             gram = calibration.value(names[0], Gram)
             if padding := self.place(*layers[names[0]].weight.shape).padding:
