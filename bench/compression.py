@@ -1,4 +1,4 @@
-"""How long and how large: our NVFP4 W4A4 beside llm-compressor's oneshot, same model, same windows, same machine.
+"""How long and how large: our NVFP4 W4A4 (w4a4-rtn) beside llm-compressor's oneshot, same model, same windows, same machine.
 
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 32 64 --repeats 3
 
@@ -76,8 +76,10 @@ def main() -> None:
         source = f"{scratch}/model"
         subprocess.run([sys.executable, "-c", SOURCE_PROGRAM, source], check=True)
         for windows in arguments.windows:
-            ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4", "--model", source, "--data", arguments.text]
+            ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4-rtn", "--model", source]
             ours += [
+                "--data",
+                arguments.text,
                 "--set",
                 f"calibration.windows={windows}",
                 "--no-verify",
