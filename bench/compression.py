@@ -3,9 +3,9 @@
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 32 64 --repeats 3
 
 Ours is `--recipe w4a4-rtn`, the whole command without evaluation and verification, the ONNX export included (which the
-peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it its rows are
-missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own, timed from its
-start, with its peak resident memory. Appends one JSON line per run to bench/results/compression.jsonl.
+peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it
+its rows are missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own,
+timed from its start, with its peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
 """
 
 from __future__ import annotations

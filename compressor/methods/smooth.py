@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibrate import Calibration
-from compressor.folds import Fold, find_folds, fold_scale, share
+from compressor.folds import Fold, bf16_scale, find_folds, fold_scale, share
 from compressor.kernels import activations as act
 from compressor.kernels import codec
 from compressor.layers import build
@@ -72,8 +72,8 @@ class Smooth:
         else:
             alpha, scale, errors = self._awq(model, fold, calibration, top)
             report |= {"error_before": errors[0], "error_after": errors[1]}
-        if fold.kind == "norm" and not self.power_of_two and bool((scale != 1).any()):
-            scale = _kept_in_bf16(model.get_submodule(fold.producer), fold.offset, scale)
+        if not self.power_of_two and bool((scale != 1).any()):
+            scale = bf16_scale(model, fold, scale)
         fold_scale(model, fold, scale)
         return report | {
             "alpha": alpha,
@@ -160,15 +160,6 @@ class Smooth:
         return Quantize(
             self.weights, self.activations, self.group_size, "pad" if fixed else "smaller", scales="absmax"
         )
-
-
-def _kept_in_bf16(norm: Any, offset: float, scale: Tensor) -> Tensor:
-    """The nearest scales that leave the norm's weight a bf16 value: a runtime that loads it in bf16 changes nothing."""
-    weight = norm.weight.detach().double()
-    divisor = scale.to(weight.device).double()
-    stored = ((weight + offset) / divisor - offset).bfloat16().double()
-    moved = (weight + offset) / (stored + offset)
-    return torch.where(moved.isfinite() & (moved > 0), moved, divisor).float().to(scale.device)
 
 
 def _weights(model: nn.Module, fold: Fold) -> Iterator[Tensor]:
