@@ -1,11 +1,11 @@
-"""How long and how large: our NVFP4 W4A4 beside llm-compressor's oneshot, same model, same windows, same machine.
+"""How long and how large: our NVFP4 W4A4 beside llm-compressor's oneshot, same model, windows and machine.
 
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 32 64 --repeats 3
 
-Ours is the whole command without evaluation and verification, the ONNX export included (which the peer does not do).
-The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it its rows are
-missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own, timed from its
-start, with its peak resident memory. Appends one JSON line per run to bench/results/compression.jsonl.
+Ours is `--recipe w4a4-rtn`, the whole command without evaluation and verification, the ONNX export included (which the
+peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it
+its rows are missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own,
+timed from its start, with its peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def main() -> None:
         source = f"{scratch}/model"
         subprocess.run([sys.executable, "-c", SOURCE_PROGRAM, source], check=True)
         for windows in arguments.windows:
-            ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4", "--model", source, "--data", arguments.text]
+            ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4-rtn", "--model", source]
             ours += [
+                "--data",
+                arguments.text,
                 "--set",
                 f"calibration.windows={windows}",
                 "--no-verify",

@@ -1,6 +1,6 @@
 """Quality of the shipped recipes and of their parts on the demo model: perplexity, KL and top-1 by one protocol.
 
-    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 fp8] [--device cuda]
+    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 fp8]
 
 Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
 reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better.
@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "nvfp4a16 nearest, abs-max scales": ("nvfp4a16", ["quantize.rounding=nearest", "quantize.scales=absmax"], None),
     "nvfp4a16 nearest": ("nvfp4a16", ["quantize.rounding=nearest"], "nvfp4a16 nearest, abs-max scales"),
     "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
+    "nvfp4a16-small": ("nvfp4a16-small", [], "nvfp4a16"),
     "w4a16": ("w4a16", [], None),
     "w4a16-gptq": ("w4a16-gptq", [], "w4a16"),
     "mxfp4": ("mxfp4", [], None),

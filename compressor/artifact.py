@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.layers import IntEmbedding, Packed, build, hold_dense
+from compressor.layers import Packed, QuantEmbedding, build, hold_dense
 from compressor.model import skeleton
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe
@@ -48,7 +48,7 @@ class Artifact:
         model = skeleton(self.config, self.kind, dtype)
         for name, packed in self.packed.items():
             module = build(packed)
-            if isinstance(module, IntEmbedding):
+            if isinstance(module, QuantEmbedding):
                 module.output_dtype = dtype
             model.set_submodule(name, module)
         stored = {**self.kept, **{alias: self.kept[name] for alias, name in self.tied.items() if name in self.kept}}

@@ -234,6 +234,7 @@ def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: 
             "quality",
             quality_line(result["quality"]) if result["quality"] else "not measured; give --data or --eval-text",
         ),
+        *((f"step {name}", report["summary"]) for name, report in manifest["steps"].items() if "summary" in report),
         ("checks", counts or "none were made"),
         ("took", f"{result['seconds']:.0f} s{peak}"),
         ("folder", str(folder)),

@@ -24,6 +24,7 @@ from compressor.recipe import Recipe
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 MANIFEST_FORMAT = 1
+RECORD = ("model", "calibration", "steps", "layers", "kept", "quality")  # what the manifest takes from Artifact.record
 
 
 def is_artifact(folder: str | Path | None) -> bool:
@@ -164,7 +165,7 @@ def load(folder: str | Path) -> Artifact:
         kept={name: t for name, t in tensors.items() if not name.startswith(inside)},
         tied=tied,
         generation_config=GenerationConfig.from_pretrained(folder) if generation.is_file() else None,
-        record={k: manifest[k] for k in ("model", "calibration", "steps", "layers", "kept", "quality") if k in manifest},
+        record={k: manifest[k] for k in RECORD if k in manifest},
     )
 
 

@@ -101,6 +101,19 @@ def share(fold: Fold, values: Tensor, reduce: Literal["max", "min", "mean", "mid
     return reduced({"max": "amax", "min": "amin", "mean": "mean"}[reduce])
 
 
+def bf16_scale(model: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
+    """The scales nearest to `scale` [K] that leave a norm's weight a bf16 value; other producers take any scale.
+
+    They move by at most 2^-8, and a runtime that loads the folded norm in bf16 changes nothing.
+    """
+    if fold.kind != "norm":
+        return scale
+    weight = model.get_parameter(f"{fold.producer}.weight").detach().double() + fold.offset
+    divisor = scale.to(weight.device).double()
+    moved = weight / ((weight / divisor - fold.offset).bfloat16().double() + fold.offset)
+    return torch.where((moved / divisor - 1).abs() < 2**-8, moved, divisor).float().to(scale.device)
+
+
 def fold_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
     """x' = x / scale; scale [K] positive. Parameters of `model` are replaced, never written into.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels import activations as act
-from compressor.kernels import fp4_linear, fp8_linear, int_embedding, int_linear
+from compressor.kernels import fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear
 
 
 @dataclass
@@ -157,14 +157,39 @@ class FP8Linear(QuantLinear):
         return fp8_linear.dequantize(self.stored("weight"), self.stored("weight_scale"))
 
 
-class IntEmbedding(QuantModule):
+class QuantEmbedding(QuantModule):
     """A token table [V, K]; out_features is V, in_features is K. `multiplier` scales every row (Gemma 3)."""
 
     output_dtype = torch.float32
 
     def forward(self, ids: Tensor) -> Tensor:
+        return (self.call(ids) * self.attributes["multiplier"]).to(self.output_dtype)
+
+    def call(self, ids: Tensor) -> Tensor:
+        """The registered op on this table's buffers: float32 [..., K]."""
+        raise NotImplementedError
+
+
+class FP4Embedding(QuantEmbedding):
+    def call(self, ids: Tensor) -> Tensor:
+        return fp4_embedding.fp4_embedding(
+            ids,
+            self.stored("weight_packed"),
+            self.stored("weight_scale"),
+            self.optional("weight_global_scale"),
+            self.attributes["format"],
+        )
+
+    def dequantize(self) -> Tensor:
+        return fp4_linear.dequantize(
+            self.stored("weight_packed"), self.stored("weight_scale"), self.optional("weight_global_scale")
+        )
+
+
+class IntEmbedding(QuantEmbedding):
+    def call(self, ids: Tensor) -> Tensor:
         a = self.attributes
-        rows = int_embedding.int_embedding(
+        return int_embedding.int_embedding(
             ids,
             self.stored("weight_packed"),
             self.stored("weight_scale"),
@@ -172,7 +197,6 @@ class IntEmbedding(QuantModule):
             a["group_size"] or 0,
             self.in_features,
         )
-        return (rows * a["multiplier"]).to(self.output_dtype)
 
     def dequantize(self) -> Tensor:
         a = self.attributes
@@ -185,6 +209,7 @@ LAYERS: dict[str, type[QuantModule]] = {
     "fp4_linear": FP4Linear,
     "int_linear": IntLinear,
     "fp8_linear": FP8Linear,
+    "fp4_embedding": FP4Embedding,
     "int_embedding": IntEmbedding,
 }
 

@@ -63,14 +63,15 @@ def as_loaded(model: nn.Module, tokenizer: Any | None = None) -> Loaded:
     _require_finite(model)
     # An fp32 copy of another dtype needs memory of its own: .float() works in place.
     shared = all(t.dtype == torch.float32 or not t.is_floating_point() for t in model.parameters())
-    copied = (twin(model) if shared else copy.deepcopy(model)).float().eval()
+    # nn.Module's own: transformers' refuses models that were loaded from a quantized file, such as GGUF.
+    copied = nn.Module.float(twin(model) if shared else copy.deepcopy(model)).eval()
     _linearize(copied)
     source = getattr(model, "name_or_path", "") or type(model).__name__
     return Loaded(copied, tokenizer, source, kind)
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every tensor: replacing a parameter or a module leaves the original as it is."""
+    """A copy of the modules that shares every tensor: replacing a parameter or a module leaves the original alone."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 

@@ -118,7 +118,7 @@ def compress(
         packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
 
     progress.stage("tables")
-    tables = pack_tables(working, recipe)
+    tables = pack_tables(working, recipe, windows=windows)
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(working, packed, tables.dtypes, tables.tied)
     artifact = Artifact(

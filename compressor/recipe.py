@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from compressor.errors import RecipeError, nearest
 from compressor.recipe_yaml import Document, Keys, extended, read, read_value
 
-TableFormat = Literal["keep", "bf16", "int8", "int4"]
+# FORMAT, FORMAT-row or FORMAT-gSIZE; tables.py says what each stores.
+TableFormat = Literal["keep", "bf16", "int8-row", "int8", "int4", "int4-g64", "int4-g128", "nvfp4", "mxfp4"]
 Globs = Annotated[list[str], Field(min_length=1)]
 
 

@@ -13,7 +13,8 @@ window's tokens, drawn from the model's own distribution,
 
 which would be the mean over tokens of the squared gradient at output n if tokens were independent. They are not: what
 all tokens have in common survives the average that attention takes over v, what differs between them does not, and the
-mean of squares is wrong by up to twenty times there. Drawn tokens, not the text's: with those it would be the
+mean of squares is wrong by up to twenty times there. It is right for an error that every token has anew, such as that
+of rounding the inputs: `Fisher.inputs`. Drawn tokens, not the text's: with those it would be the
 "empirical Fisher", which is not the Hessian (Kunstner, Balles, Hennig 2019). Left out: correlations between entries of
 D, and those between layers.
 """
@@ -37,14 +38,22 @@ from compressor.progress import Progress, Silent
 CHUNK_ELEMENTS = 1 << 22  # of a weight, so that its error in float32 is 16 MB at a time
 
 
+@dataclass(frozen=True)
+class Fisher:
+    """F [N] float32 of each layer: of an error in its weights, and of one that every token has anew."""
+
+    weights: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
 def output_fisher(
     model: nn.Module,
     windows: Tensor,
     names: Collection[str],
     generator: torch.Generator,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """F of the linears `names`, each [N] float32 on the CPU: one backward pass over each of the windows [S, L] int64.
+) -> Fisher:
+    """F of the linears `names`, on the CPU: one backward pass over each of the windows [S, L] int64.
 
     The mean is over all S·L tokens, so an expert's figure counts how often it is chosen, and is 0 if it never was.
     A few windows do (docs/mixed_bits.md has 4 of 256): what is noise in one F_n averages out over the layer.
@@ -60,7 +69,7 @@ def output_fisher(
         raise DataError(f"sensitivity windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
     progress = progress or Silent()
     layers = {name: model.get_submodule(name) for name in names}
-    seen = {n: _Seen(torch.zeros(len(m.get_parameter("weight")), dtype=torch.float64)) for n, m in layers.items()}
+    seen = {n: _Seen.start(len(m.get_parameter("weight"))) for n, m in layers.items()}
     objective = _projection if head_name(model) is None else _log_likelihood
     progress.stage("sensitivity", len(windows))
     with _frozen(model), _listening(layers, seen), torch.enable_grad():
@@ -72,7 +81,11 @@ def output_fisher(
             raise NumericsError(f"{name}: NaN or Inf in its input or its gradient; check the weights around it.")
     if seen and not any(one.gradients.any() for one in seen.values()):
         raise ModelError(f"{type(model).__name__}: no gradient reaches its linears; use sensitivity: error.")
-    return {name: one.fisher(windows.numel()) for name, one in seen.items()}
+    total = windows.numel()
+    return Fisher(
+        {name: one.of_weights(total) for name, one in seen.items()},
+        {name: (one.squares / total).float() for name, one in seen.items()},
+    )
 
 
 def costs(
@@ -151,19 +164,25 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """Of one layer: Σ_windows Σ_k G_nk², [N] float64; Σ_t Σ_k x_tk²; how many tokens reached it."""
+    """Of one layer: Σ_windows Σ_k G_nk² and Σ_t g_tn², [N] float64; Σ_t Σ_k x_tk²; how many tokens reached it."""
 
     gradients: Tensor
+    squares: Tensor
     inputs: float = 0.0
     tokens: int = 0
+
+    @classmethod
+    def start(cls, rows: int) -> _Seen:
+        return cls(torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """gradient [T, N], x [T, K], both of one window."""
         self.gradients += (gradient.T @ x).square().sum(1).cpu().double()
+        self.squares += gradient.square().sum(0).cpu().double()
         self.inputs += x.square().sum().item()
         self.tokens += len(x)
 
-    def fisher(self, all_tokens: int) -> Tensor:
+    def of_weights(self, all_tokens: int) -> Tensor:
         """h is the mean over the tokens that reached the layer, KL that over all tokens: their ratio belongs here."""
         share = self.tokens / all_tokens
         return (self.gradients / self.inputs * share if self.inputs else torch.zeros_like(self.gradients)).float()

@@ -79,7 +79,7 @@ def loads_in(artifact: Artifact) -> dict[str, str]:
 
 def expressible(packed: Packed) -> str | None:
     """None, or why the compressed-tensors dialect has no words for this module."""
-    if packed.kind == "int_embedding":
+    if packed.kind in ("int_embedding", "fp4_embedding"):
         return "a quantized embedding is not loaded by transformers"
     if packed.kind not in ("fp4_linear", "int_linear", "fp8_linear"):
         return f"no format of the dialect stores a {packed.kind}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from compressor.exporters.onnx_nodes import (
     ATTRIBUTES,
@@ -121,6 +122,11 @@ def _nvfp4(op: Body, x: ir.Value, global_scale: ir.Value, four_over_six: bool) -
     return _with_blocks(op, x, 16, rule)
 
 
+def _e4m3_values() -> np.ndarray:
+    """float32 [256]: what each byte means as E4M3."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
 def _e8m0_values(op: Body, codes: ir.Value) -> ir.Value:
     table = np.array([2.0 ** (code - 127) for code in range(255)] + [np.inf], np.float32)
     return op.Gather(table, op.Cast(codes, to=INT32))
@@ -165,13 +171,11 @@ def _int_codes(op: Body, x: ir.Value, step: ir.Value, bits: int) -> ir.Value:
 
 
 def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    packed = op.Reshape(v["weight_packed"], [0, -1, a["block_size"] // 2])
-    values = _lookup(op, packed, E2M1_VALUES + tuple(-e for e in E2M1_VALUES))
     if a["format"] == "nvfp4":
         step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
     else:
         step = _e8m0_values(op, v["weight_scale"])
-    weight = _flat(op, op.Mul(values, op.Unsqueeze(step, [-1, -2])))
+    weight = _fp4_rows(op, v["weight_packed"], step, a["block_size"])
     x = v["x"]
     if a["activations"] == "nvfp4":
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
@@ -180,6 +184,13 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     else:
         x = _per_token(op, x, a["activations"])
     return _matmul(op, x, weight, v["bias"])
+
+
+def _fp4_rows(op: Body, packed: ir.Value, step: ir.Value, block_size: int) -> ir.Value:
+    """uint8 [N, K/2], float32 steps [N, K/block] -> float32 [N, K]."""
+    blocks = op.Reshape(packed, [0, -1, block_size // 2])
+    values = _lookup(op, blocks, E2M1_VALUES + tuple(-e for e in E2M1_VALUES))
+    return _flat(op, op.Mul(values, op.Unsqueeze(step, [-1, -2])))
 
 
 def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any]) -> ir.Value:
@@ -216,6 +227,17 @@ def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
 
 
+def _fp4_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    ids = op.Reshape(v["ids"], [-1])
+    codes = op.Gather(v["weight_scale"], ids)  # bytes: Gather takes no float8, and only rows in use are decoded
+    if a["format"] == "nvfp4":
+        step = op.Div(op.Gather(_e4m3_values(), op.Cast(codes, to=INT32)), v["weight_global_scale"])
+    else:
+        step = _e8m0_values(op, codes)
+    rows = _fp4_rows(op, op.Gather(v["weight_packed"], ids), step, a["block_size"])
+    return op.Reshape(rows, op.Concat(op.Shape(v["ids"]), [a["in_features"]], axis=0))
+
+
 def _int_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     ids = op.Reshape(v["ids"], [-1])
     rows = _int_rows(op, op.Gather(v["weight_packed"], ids), op.Gather(v["weight_scale"], ids), a)
@@ -226,6 +248,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "FP4Linear": _fp4_linear,
     "IntLinear": _int_linear,
     "FP8Linear": _fp8_linear,
+    "FP4Embedding": _fp4_embedding,
     "IntEmbedding": _int_embedding,
 }
 

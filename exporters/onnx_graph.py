@@ -71,7 +71,7 @@ def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[s
         before = producer.get(source)
         if before is not None and before.op_type == "Pad":
             source = before.input[0]
-        if node.op_type == "IntEmbedding" and [n.op_type for n in users.get(target, [])] == ["Mul"]:
+        if node.op_type in onnx_nodes.EMBEDDINGS and [n.op_type for n in users.get(target, [])] == ["Mul"]:
             target = users[target][0].output[0]
         found[node.name] = (source, target)
     return found

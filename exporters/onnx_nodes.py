@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from compressor.kernels.codec import FORMATS
+
 DOMAIN = "ai.compressor"
 VERSION = 1
 OPSET = 21
@@ -20,13 +22,16 @@ INPUTS = {
     "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
     "IntLinear": ("x", "weight", "weight_scale", "bias", "input_scale", "input_offset"),
     "FP8Linear": ("x", "weight", "weight_scale", "bias"),
+    "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
 }
+EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset"}
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
     "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
     "FP8Linear": ("activations",),
+    "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
 }
 FLOAT, INT8, INT32, FLOAT8E4M3FN = 1, 3, 6, 17  # onnx.TensorProto
@@ -45,13 +50,14 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """torch op -> the function that emits its node, for `torch.onnx.export(custom_translation_table=…)`."""
     import torch
 
-    from compressor.kernels import fp4_linear, fp8_linear, int_embedding, int_linear  # noqa: F401  (they register the ops)
+    from compressor.kernels import fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear  # noqa: F401  (they register the ops)
 
     ops = torch.ops.compressor
     return {
         ops.fp4_linear.default: _emit_fp4_linear,
         ops.int_linear.default: _emit_int_linear,
         ops.fp8_linear.default: _emit_fp8_linear,
+        ops.fp4_embedding.default: _emit_fp4_embedding,
         ops.int_embedding.default: _emit_int_embedding,
     }
 
@@ -101,7 +107,7 @@ def _emit_fp4_linear(
         "format": format,
         "activations": activations,
         "four_over_six": int(four_over_six),
-        "block_size": 16 if format == "nvfp4" else 32,
+        "block_size": FORMATS[format].block,
     }
     inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
     return _emit("FP4Linear", inputs, attributes)
@@ -144,6 +150,15 @@ def _emit_int_linear(
 
 def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str) -> Any:
     return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), {"activations": activations})
+
+
+def _emit_fp4_embedding(ids: Any, weight_packed: Any, weight_scale: Any, weight_global_scale: Any, format: str) -> Any:
+    attributes = {
+        "format": format,
+        "block_size": FORMATS[format].block,
+        "in_features": weight_packed.shape[1] * 2,
+    }
+    return _emit("FP4Embedding", (ids, weight_packed, weight_scale, weight_global_scale), attributes)
 
 
 def _emit_int_embedding(

@@ -130,7 +130,9 @@ def _shape(value: ir.Value) -> list[Any]:
 
 
 def _byte_view(node: ir.Node, index: int, shape: Any) -> tuple[int, ...] | None:
-    """The uint8 shape in which this input of the node reads int32 words, None where it reads the tensor as stored."""
+    """The uint8 shape in which this input of the node reads stored bytes, None where it reads the tensor as stored."""
+    if (node.domain, node.op_type, index) == (DOMAIN, "FP4Embedding", 2):
+        return shape[0], shape[1]  # onnxruntime's Gather takes no float8
     if index != 1:
         return None
     if (node.domain, node.op_type) == (STOCK_DOMAIN, "MatMulNBits"):

@@ -7,7 +7,8 @@ Contract, all on one device:
     weight_global_scale  [1]         float32 divisor (nvfp4), None for mxfp4
     input_global_scale   [1]         float32 divisor, only with activations="nvfp4"
     bias                 [N]         float, optional
-    format               "nvfp4" | "mxfp4";   activations  "none" | "nvfp4" | "mxfp4" | "int8" | "fp8" (one scale a token)
+    format               "nvfp4" | "mxfp4"
+    activations          "none" | "nvfp4" | "mxfp4" | "int8" | "fp8" (the last two: one scale a token)
 The body below is the reference: float32 arithmetic, weights dequantized in full.
 """
 

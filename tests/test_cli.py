@@ -145,7 +145,7 @@ def test_usage_errors_are_one_line(arguments, line):
         (["--seed", "1"], "error: --recipe is missing; give a file or one of: fp8, "),
         (
             ["--recipe", "w4a4", "--set", "quantize.wieghts=int4"],
-            "error: --set quantize.wieghts=int4, step 1 (quantize): unknown option",
+            "error: --set quantize.wieghts=int4, step 2 (quantize): unknown option",
         ),
         (["--recipe", "w4a4", "--set", "oops"], "error: --set oops: allowed is name=value"),
         (["--recipe", "w4a4", "--device", "cdua"], "error: --device cdua: unknown device; did you mean 'cuda'?"),

@@ -220,6 +220,16 @@ def test_several_formats_in_one_folder(folder_of: Make) -> None:
     assert_same_weights(stock(folder), artifact)
 
 
+@pytest.mark.parametrize("choice", ["int8-row", "int4-g64", "nvfp4", "mxfp4"])
+def test_an_untied_head_loads_in_every_format(folder_of: Make, choice: str) -> None:
+    artifact, folder = folder_of(SCHEMES["nvfp4a16"], lm_head=choice)
+    assert hf_config.loads_in(artifact) == {"transformers": "yes"}
+    model = stock(folder)
+    assert_same_weights(model, artifact)
+    found, expected = logits(model), logits(artifact.model(dense=True))
+    assert (found - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max()
+
+
 def test_golden_quantization_config(folder_of: Make) -> None:
     _, folder = folder_of(SCHEMES["nvfp4"])
     config = json.loads((folder / "config.json").read_text())
@@ -281,6 +291,7 @@ def test_configs_are_those_of_the_librarys_presets(folder_of: Make, scheme: str)
     ("other", "step", "recipe", "reason"),
     [
         ("llama", SCHEMES["int4"], {"embedding": "int8"}, "model.embed_tokens: a quantized embedding"),
+        ("llama", SCHEMES["nvfp4a16"], {"embedding": "nvfp4"}, "model.embed_tokens: a quantized embedding"),
         ("llama", {"weights": "int4", "group_size": 64, "on_misfit": "pad"}, {}, "input is padded by 32"),
         ("gpt2", SCHEMES["int4"], {}, "is a Conv1D"),
         ("gpt2", {"weights": "int4", "group_size": 128, "on_misfit": "keep"}, {}, "is a Conv1D"),  # nothing compressed
@@ -333,7 +344,8 @@ def test_expressible_gives_reasons() -> None:
     assert hf_config.expressible(Packed("fp8_linear", {}, {"padding": 0})) is None
     assert "padded by 8" in str(hf_config.expressible(Packed("fp8_linear", {}, {"padding": 8})))
     assert "input_offset" in str(hf_config.expressible(Packed("int_linear", {"input_offset": torch.zeros(4)}, {})))
-    assert "embedding" in str(hf_config.expressible(Packed("int_embedding", {}, {})))
+    for kind in ("int_embedding", "fp4_embedding"):
+        assert hf_config.expressible(Packed(kind, {}, {})) == "a quantized embedding is not loaded by transformers"
 
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}

@@ -251,6 +251,39 @@ class Sums(Toy):
         return gate + up.tanh()
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate(x).sigmoid() * self.up(x))
+
+
+class Experts(nn.Module):
+    """Four experts behind a norm and a router; tokens choose among the first `reached` only."""
+
+    reached = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.RMSNorm(8), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(Gated() for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = self.norm(hidden_states)[0]
+        chosen = self.router(x)[:, : self.reached].argmax(-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():
+                out[chosen == i] = expert(x[chosen == i])
+        return hidden_states + out[None]
+
+
+class OneExpertIdle(Experts):
+    reached = 3
+
+
 class Model(nn.Module):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
@@ -277,6 +310,16 @@ class Model(nn.Module):
 def test_what_else_reads_a_tensor_decides(block, kinds):
     model = Model(block).eval()
     assert {f.kind for f in find_folds(model, sites(model)).values()} == kinds
+
+
+def test_an_expert_that_no_token_reaches_is_not_guessed_at():
+    """Its own fold is absent, and so is that of the norm, which it would read unscaled if a token ever came."""
+    idle, all_run = (Model(block).eval() for block in (OneExpertIdle, Experts))
+    found = find_folds(idle, sites(idle)).values()
+    assert [f.site[0] for f in found] == [f"layers.{b}.experts.{e}.down" for b in (0, 1) for e in range(3)]
+    found = find_folds(all_run, sites(all_run)).values()
+    assert [len(f.site) for f in found if f.kind == "norm"] == [8, 8] and len(found) == 10
+    assert [f.others for f in found if f.kind == "norm"] == [("layers.0.router",), ("layers.1.router",)]
 
 
 def test_readers_outside_the_sites_are_compensated(tiny):

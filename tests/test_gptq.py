@@ -48,7 +48,10 @@ def test_codes_are_on_the_grid_and_survive_packing(rng, format, group):
     assert torch.equal(ELEMENTS[format](codes), codes)
     kind = {"nvfp4": "fp4_linear", "mxfp4": "fp4_linear", "fp8": "fp8_linear"}.get(format, "int_linear")
     attributes = {"in_features": K, "out_features": 40, "activations": "none", "group_size": group}
-    attributes |= {"format": format} if kind == "fp4_linear" else {"bits": int(format[3:] or 8)} if kind[0] == "i" else {}
+    if kind == "int_linear":
+        attributes |= {"bits": int(format[3:])}
+    elif kind == "fp4_linear":
+        attributes |= {"format": format}
     assert torch.equal(build(Packed(kind, grid.pack(codes), attributes)).dequantize(), codes * grid.columns(K))
 
 
@@ -96,5 +99,5 @@ def test_damping_grows_until_the_matrix_can_be_factorized(rng):
     x = torch.randn(4, K, generator=rng)  # rank 4 of 96
     gram = x.T @ x - torch.eye(K) * 0.02  # and not quite positive, as float32 sums can be
     assert gptq.factorize(gram, 0.001).damping > 0.001
-    with pytest.raises(NumericsError, match="down_proj: XᵀX .* rounding: nearest"):
+    with pytest.raises(NumericsError, match=r"down_proj: XᵀX .* rounding: nearest"):
         gptq.factorize(-torch.ones(K, K) + 2 * torch.eye(K), 0.01, "layers.3.down_proj")

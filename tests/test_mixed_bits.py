@@ -32,7 +32,8 @@ def case(tiny):
         model.model.layers[1].mlp.down_proj.weight.mul_(4)
     layers = linears(model)
     calibration = calibrate(model, WINDOWS, {ChannelSquare})
-    return model, layers, calibration, output_fisher(model, WINDOWS, list(layers), torch.Generator().manual_seed(0))
+    fisher = output_fisher(model, WINDOWS, list(layers), torch.Generator().manual_seed(0))
+    return model, layers, calibration, fisher
 
 
 def bits_of(layers, plans):
@@ -50,7 +51,7 @@ def objective(method, plans, case):
     for name, plan in plans.items():
         weight, h = layers[name].weight, calibration.value(name, ChannelSquare)
         decoded = build(method.apply(layers[name], plan)).dequantize()
-        total += costs(weight, {"q": decoded}, h, fisher[name] if method.sensitivity == "kl" else None)["q"]
+        total += costs(weight, {"q": decoded}, h, fisher.weights[name] if method.sensitivity == "kl" else None)["q"]
     return total
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compressor.exporters import onnx_functions, onnx_nodes
 from compressor.kernels import codec
+from compressor.kernels.fp4_embedding import fp4_embedding
 from compressor.kernels.fp4_linear import fp4_linear
 from compressor.kernels.fp8_linear import fp8_linear
 from compressor.kernels.int_embedding import int_embedding
@@ -137,6 +138,23 @@ def test_fp4_multiplies(format: str, has_bias: bool) -> None:
     weight, bias = torch.randn(N, K) * torch.exp2(torch.randn(N, 1) * 4), torch.randn(N) if has_bias else None
     close(*fp4(format, "none", False, weight, bias))
     close(*fp4(format, format, False, weight, bias))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fp4_rows(format: str) -> None:
+    """Every byte of codes and every scale that is written: E4M3 0 to 448, E8M0 0 to 254."""
+    generator = torch.Generator().manual_seed(0)
+    block = 16 if format == "nvfp4" else 32
+    packed = torch.arange(256, dtype=torch.uint8).repeat(N, 1)
+    scale = torch.randint(0, 127 if format == "nvfp4" else 255, (N, 512 // block), generator=generator).to(torch.uint8)
+    divisor = torch.tensor([37.5]) if format == "nvfp4" else None
+    attributes = {"format": format, "block_size": block, "in_features": 512}
+    tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divisor}
+    rows = runner("FP4Embedding", attributes, tensors)
+    stored = scale.view(torch.float8_e4m3fn) if format == "nvfp4" else scale
+    for shape in [(1, 1), (2, 7), (5,)]:
+        ids = torch.randint(0, N, shape, generator=generator)
+        assert torch.equal(rows(ids), fp4_embedding(ids, packed, stored, divisor, format))
 
 
 def words(values: Tensor, bits: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from compressor.kernels import activations as act
 from compressor.kernels import codec
+from compressor.kernels.fp4_embedding import fp4_embedding
 from compressor.kernels.fp4_linear import dequantize as dequantize_fp4
 from compressor.kernels.fp4_linear import fp4_linear
 from compressor.kernels.fp8_linear import fp8_linear
@@ -85,7 +86,33 @@ def test_six_bits_per_token_use_both_ends():
     assert act.quantize(x, "int6").tolist() == [[31.0, -32.0, 1.0]]
 
 
-@pytest.mark.parametrize("op", ["fp4", "int8", "static", "fp8", "embedding"])
+def test_fp4_embedding_on_golden_bytes():
+    # Row 0: codes 1..8 twice, low nibble first. Row 1: +6 and -6 alternating. Row 2: 0.5 and -0.5.
+    packed = torch.tensor([[0x21, 0x43, 0x65, 0x87] * 2, [0xF7] * 8, [0x91] * 8], dtype=torch.uint8).repeat(1, 2)
+    row = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0]
+    ids = torch.tensor([[2, 0, 0], [1, 2, 1]])
+    # E4M3: 0x38 is 1, 0x40 is 2, 0x7E is 448; the divisor 4 makes 0.25, 0.5, 112.
+    scale = torch.tensor([[0x38, 0x40], [0x40, 0x7E], [0x7E, 0x38]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    expected = torch.tensor(
+        [
+            [0.25 * v for v in row * 2] + [0.5 * v for v in row * 2],
+            [3.0, -3.0] * 8 + [672.0, -672.0] * 8,
+            [56.0, -56.0] * 8 + [0.125, -0.125] * 8,
+        ]
+    )
+    assert torch.equal(fp4_embedding(ids, packed, scale, torch.tensor([4.0]), "nvfp4"), expected[ids])
+    assert torch.equal(fp4_embedding(ids[0], packed, scale, torch.tensor([4.0]), "nvfp4"), expected[ids[0]])
+    # E8M0: 126 is a half, 127 is 1, 130 is 8; one scale for all 32.
+    exponents = torch.tensor([[127], [130], [126]], dtype=torch.uint8)
+    expected = torch.tensor([row * 4, [48.0, -48.0] * 16, [0.25, -0.25] * 16])
+    assert torch.equal(fp4_embedding(ids, packed, exponents, None, "mxfp4"), expected[ids])
+    assert fp4_embedding(ids[:, :0], packed, exponents, None, "mxfp4").shape == (2, 0, 32)
+
+
+OPS = ["fp4", "int8", "static", "fp8", "embedding", "fp4 embedding nvfp4", "fp4 embedding mxfp4"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_registrations_are_consistent(rng, op):
     x = torch.randn(2, 3, K, generator=rng)
     if op == "fp4":
@@ -102,6 +129,9 @@ def test_registrations_are_consistent(rng, op):
     elif op == "fp8":
         weight = torch.randn(N, K, generator=rng).to(torch.float8_e4m3fn)
         args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear
+    elif op.startswith("fp4 embedding"):
+        format, ids = op.rpartition(" ")[2], torch.randint(0, N, (2, 3), generator=rng)
+        args, function = (ids, *fp4_tensors(rng, format), format), fp4_embedding
     else:
         table = codec.pack_int(torch.zeros(7, 32, dtype=torch.int8), 4)
         args, function = (

@@ -44,9 +44,14 @@ def test_a_real_encoder_from_recipe_to_every_runtime(tmp_path):
 @pytest.mark.parametrize(
     ("name", "overrides", "kl"),
     [
-        ("w4a4", [], 0.30),
-        ("w4a4", ["runtime=compressor", "quantize.four_over_six=true"], 0.265),
-        ("nvfp4a16", [], 0.105),
+        ("w4a4-rtn", ["calibration.windows=64"], 0.30),
+        ("w4a4-rtn", ["calibration.windows=64", "runtime=compressor", "quantize.four_over_six=true"], 0.265),
+        ("nvfp4a16", ["calibration.windows=64", "quantize.rounding=nearest"], 0.105),
+        ("w4a4", [], 0.187),
+        ("w4a4-max", [], 0.143),
+        ("nvfp4a16", ["calibration.windows=64"], 0.072),
+        ("w4a16-gptq", ["calibration.windows=64"], 0.11),
+        ("nvfp4a16-small", ["calibration.windows=64"], 0.12),
     ],
 )
 def test_quality_and_verification_of_the_demo_model(tmp_path, shared_path, name, overrides, kl):
@@ -60,6 +65,8 @@ def test_quality_and_verification_of_the_demo_model(tmp_path, shared_path, name,
     sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
     weights, tokenizer = sizes["model.safetensors"], sizes["tokenizer.json"]
     assert sum(sizes.values()) <= 1.05 * weights + tokenizer + 8_000_000, "one copy of the weights"
+    if name == "nvfp4a16-small":
+        assert sum(sizes.values()) <= 90_000_000
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def measured(model, windows, name, weight, before):
 def compared(model, windows):
     """{(linear, format): (predicted, measured)}"""
     layers = linears(model)
-    fisher = output_fisher(model, windows, list(layers), generator())
+    fisher = output_fisher(model, windows, list(layers), generator()).weights
     calibration = calibrate(model, windows, {ChannelSquare})
     before, found = outputs(model, windows), {}
     for name, layer in layers.items():
@@ -81,7 +81,7 @@ def test_experts_count_how_often_they_are_chosen(tiny):
     if not (experts := [n for n in linears(model) if ".experts." in n and n.startswith("model.layers.1.")]):
         pytest.skip("this transformers holds its experts in one tensor")
     windows = windows_of()
-    fisher = output_fisher(model, windows, experts, generator())
+    fisher = output_fisher(model, windows, experts, generator()).weights
     calibration = calibrate(model, windows, {ChannelSquare}, experts)
     before = outputs(model, windows)
     predicted, real = 0.0, 0.0
@@ -97,7 +97,7 @@ def test_experts_count_how_often_they_are_chosen(tiny):
 def test_the_figure_is_that_of_the_definition(tiny):
     """Against autograd's own weight gradient, drawn with the same generator."""
     model, windows, name = tiny("llama"), windows_of(2, 16), "model.layers.0.mlp.down_proj"
-    found = output_fisher(model, windows, [name], generator())[name]
+    found = output_fisher(model, windows, [name], generator()).weights[name]
     layer, draw, inputs = model.get_submodule(name), generator(), []
     handle = layer.register_forward_hook(lambda _module, args, _out: inputs.append(args[0].detach()))
     squares = torch.zeros(layer.out_features)
@@ -132,8 +132,8 @@ def test_the_model_is_left_as_it_was(tiny, fails, monkeypatch):
 
 def test_the_same_generator_gives_the_same_figures(tiny):
     model, name = tiny("llama"), "model.layers.1.self_attn.v_proj"
-    first, again = (output_fisher(model, windows_of(2, 16), [name], generator())[name] for _ in range(2))
-    other = output_fisher(model, windows_of(2, 16), [name], torch.Generator().manual_seed(9))[name]
+    first, again = (output_fisher(model, windows_of(2, 16), [name], generator()).weights[name] for _ in range(2))
+    other = output_fisher(model, windows_of(2, 16), [name], torch.Generator().manual_seed(9)).weights[name]
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -1,7 +1,7 @@
 """Which inputs stay at 8 bits when all the others are rounded to 4: the guards of W4A4.
 
 Rounding the input of a linear y = W x to E2M1 adds noise to y. With e_k the mean squared rounding error of channel k
-(statistics.BlockNoise) and F the Fisher information of y (sensitivity.py), what it costs is, to second order,
+(statistics.BlockNoise) and F the Fisher information of y (sensitivity.py, `inputs`), what it costs is, to second order,
 
     KL ≈ ½ Σ_n F_n Σ_k e_k W_nk²      nats a token
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.allocation import Choice, allocate
 from compressor.calibrate import Calibration
-from compressor.sensitivity import costs
+from compressor.sensitivity import Fisher, costs
 from compressor.statistics import BlockNoise, ChannelSquare
 
 EIGHT_BIT_NOISE = 1 / 16  # of the noise of 4 bits
@@ -42,6 +42,7 @@ class Guards:
     sites: tuple[Guard, ...]
     predicted: tuple[float, float]  # cost of all sites' rounding without and with the guards
     unit: str  # "KL" or "relative output noise"
+    total: int  # sites, guarded or not
 
     @property
     def names(self) -> set[str]:
@@ -55,10 +56,13 @@ class Guards:
     def report(self) -> dict[str, object]:
         """For the manifest: how much, and every guarded site with the reason."""
         rows = [
-            {"site": list(s.names), "share": round(s.share, 5), "noise": round(s.noise, 5), self.unit: round(s.cost, 6)}
+            {"site": [*s.names], "share": round(s.share, 5), "noise": round(s.noise, 5), self.unit: round(s.cost, 6)}
             for s in self.sites
         ]
+        before, after = self.predicted
         return {
+            "summary": f"{len(self.sites)} of {self.total} inputs keep 8 bits ({self.share:.1%} of the multiply-adds); "
+            f"predicted {self.unit} of the rounded inputs {before:.3g} -> {after:.3g}",
             "share_of_multiply_adds": round(self.share, 4),
             "input_bits": round(4 + 4 * self.share, 3),
             f"predicted {self.unit} of rounded inputs": [round(c, 6) for c in self.predicted],
@@ -67,7 +71,7 @@ class Guards:
 
 
 def choose(
-    layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Mapping[str, Tensor] | None, share: float
+    layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None, share: float
 ) -> Guards:
     """The sites whose guarding saves most for at most `share` of the multiply-adds of `layers`."""
     found: dict[str, Guard] = {}
@@ -83,7 +87,10 @@ def choose(
             energy = costs(weight, nothing, h, weight.new_ones(len(weight)))[""]
             spoiled = costs(weight, nothing, e, weight.new_ones(len(weight)))[""]
             noise = max(noise, spoiled / max(energy, 1e-30))
-            cost += spoiled / max(energy, 1e-30) if fisher is None else costs(weight, nothing, e, fisher[name])[""]
+            if fisher is None:
+                cost += spoiled / max(energy, 1e-30)
+            else:
+                cost += costs(weight, nothing, e, fisher.inputs[name])[""]
         macs = sum(layers[n].weight.numel() for n in names)
         found[names[0]] = Guard(names, cost, noise, macs / total)
     groups = {
@@ -94,4 +101,4 @@ def choose(
     guarded = tuple(g for name, g in found.items() if chosen[name] == "8")
     without = sum(g.cost for g in found.values())
     saved = sum(g.cost for g in guarded) * (1 - EIGHT_BIT_NOISE)
-    return Guards(guarded, (without, without - saved), "relative output noise" if fisher is None else "KL")
+    return Guards(guarded, (without, without - saved), "relative output noise" if fisher is None else "KL", len(found))

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.allocation import Allocation, Choice, allocate
 from compressor.calibrate import Calibration
 from compressor.errors import RecipeError
 from compressor.layers import Packed, build
 from compressor.methods.quantize import PAIRS, WEIGHT_ONLY, LayerPlan, Placement, Quantize
-from compressor.sensitivity import costs
+from compressor.sensitivity import Fisher, costs
 from compressor.statistics import ChannelSquare, Statistic
 
 Format = Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"]
@@ -122,18 +122,20 @@ class MixedBits:
         self,
         layers: Mapping[str, nn.Linear],
         calibration: Calibration | None,
-        fisher: Mapping[str, Tensor] | None = None,
+        fisher: Fisher | None = None,
     ) -> Decision:
         """Round every layer to nearest in every format, weigh the errors, share out the budget.
 
-        fisher: layer name -> [N], for sensitivity kl. Without calibration each layer is a site of its own and
+        fisher: of the layers, for sensitivity kl. Without calibration each layer is a site of its own and
         channels weigh the same. A layer without any format that fits is not counted. Raises RecipeError when the
         budget is too small, or `fisher` is missing.
         """
         if self.sensitivity == "kl" and fisher is None:
             raise RecipeError("mixed_bits: sensitivity: kl needs the model's gradients; give sensitivity: error.")
-        nearest = {c: replace(m, rounding="nearest", activations=WEIGHT_ONLY, four_over_six=False)
-                   for c, m in self._methods().items()}  # fmt: skip
+        nearest = {
+            c: replace(m, rounding="nearest", activations="none", four_over_six=False)
+            for c, m in self._methods().items()
+        }
         planned = {choice: method.plan(layers, calibration) for choice, method in nearest.items()}
         sites = _sites(layers, calibration)
         groups: dict[str, list[Choice]] = {}
@@ -212,7 +214,7 @@ def _weigh(
     methods: Mapping[str, Quantize],
     planned: Mapping[str, Mapping[str, LayerPlan]],
     calibration: Calibration | None,
-    fisher: Mapping[str, Tensor] | None,
+    fisher: Fisher | None,
 ) -> dict[str, tuple[int, float]]:
     """(size_bytes, cost) of the layer in every format that fits it; one decoded weight is in memory at a time."""
     seen = calibration is not None and calibration.seen(name)
@@ -222,7 +224,7 @@ def _weigh(
         plan = planned[choice][name]
         if plan.placement.kept is None:
             decoded = build(method.apply(layer, plan)).dequantize()[:, : layer.in_features]
-            cost = costs(layer.weight, {choice: decoded}, importance, fisher[name] if fisher else None)[choice]
+            cost = costs(layer.weight, {choice: decoded}, importance, fisher.weights[name] if fisher else None)[choice]
             found[choice] = (plan.placement.size_bytes, cost)
     return found
 

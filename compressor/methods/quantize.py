@@ -19,6 +19,7 @@ from compressor.kernels import codec
 from compressor.layers import Packed
 from compressor.methods import gptq, guard, scale_search
 from compressor.methods.guard import Guards
+from compressor.sensitivity import Fisher
 from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Statistic
 
 WEIGHT_ONLY = "none"
@@ -102,7 +103,7 @@ class Quantize:
             raise ValueError(f"guard keeps 4-bit inputs at 8 bits, and activations '{self.activations}' have none")
 
     def needs(self) -> set[type[Statistic]]:
-        """Channel squares weight the scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
+        """Channel squares weight scales, Gram matrices are GPTQ's, the abs-max sets the static NVFP4 input scale."""
         wanted: set[type[Statistic]] = set()
         if self.rounding == "gptq":
             wanted.add(Gram)
@@ -117,7 +118,7 @@ class Quantize:
         return {BlockNoise, ChannelSquare} if self.guard else set()
 
     def survey(
-        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Mapping[str, Tensor] | None
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None
     ) -> Guards:
         """The guarded inputs, from all layers of the step."""
         return guard.choose(layers, calibration, fisher, self.guard)
@@ -169,11 +170,12 @@ class Quantize:
 
     def _site(self, names: list[str], layers: Mapping[str, nn.Linear], calibration: Calibration) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        device = layers[names[0]].weight.device
         if self.weights == "nvfp4":
             amax = torch.stack([layers[n].weight.detach().abs().amax() for n in names]).amax()
             found["weight_global_scale"] = codec.nvfp4_weight_divisor(amax)
         if self.activations == "nvfp4":
-            found["input_global_scale"] = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax))
+            found["input_global_scale"] = codec.nvfp4_input_divisor(calibration.value(names[0], AbsMax).to(device))
         if self.rounding == "gptq":
             gram = calibration.value(names[0], Gram)
             if padding := self.place(*layers[names[0]].weight.shape).padding:
@@ -218,15 +220,6 @@ class Quantize:
         if layer.bias is not None:
             tensors["bias"] = layer.bias.detach().clone()
         return Packed(kind, tensors, attributes)
-
-
-def pack_int_weight(
-    weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None, search: bool, words: bool
-) -> dict[str, Tensor]:
-    """Symmetric integers with bf16 scales, rounded to nearest: weight [N, K] float32 -> the stored tensors."""
-    rule = ("weighted" if importance is not None else "mse") if search else "absmax"
-    grid = scale_search.choose(f"int{bits}", weight, group_size, importance, rule)
-    return grid.pack(grid.codes(weight), words)
 
 
 def _smaller_group(in_features: int, group: int) -> int | None:

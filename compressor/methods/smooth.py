@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibrate import Calibration
-from compressor.folds import Fold, find_folds, fold_scale, share
+from compressor.folds import Fold, bf16_scale, find_folds, fold_scale, share
 from compressor.kernels import activations as act
 from compressor.kernels import codec
 from compressor.layers import build
@@ -72,6 +72,8 @@ class Smooth:
         else:
             alpha, scale, errors = self._awq(model, fold, calibration, top)
             report |= {"error_before": errors[0], "error_after": errors[1]}
+        if not self.power_of_two and bool((scale != 1).any()):
+            scale = bf16_scale(model, fold, scale)
         fold_scale(model, fold, scale)
         return report | {
             "alpha": alpha,
