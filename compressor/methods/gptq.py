@@ -54,8 +54,8 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Hessian:
     for times in DAMPINGS:
         used = damping * times
         damped = h + eye * (used * mean)
-        # With J the reversal of rows and columns: J(H + λI)J = MMᵀ makes (JMJ)⁻¹ the upper Cholesky factor of the inverse,
-        # which is then never formed: 0.5 s instead of 8 at K = 1536 on one core.
+        # With J the reversal of rows and columns, J(H + λI)J = MMᵀ makes (JMJ)⁻¹ the upper Cholesky factor of the
+        # inverse, which is then never formed: 0.5 s instead of 8 at K = 1536 on one core.
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if info.item() == 0:
             factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
