@@ -50,14 +50,16 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Hessian:
     order = torch.argsort(diagonal, descending=True, stable=True)
     h = h[order][:, order]
     mean = h.diagonal().mean()
-    for factor in DAMPINGS:
-        used = damping * factor
-        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (used * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    for times in DAMPINGS:
+        used = damping * times
+        damped = h + eye * (used * mean)
+        # With J the reversal of rows and columns, J(H + λI)J = MMᵀ makes (JMJ)⁻¹ the upper Cholesky factor of the
+        # inverse, which is then never formed: 0.5 s instead of 8 at K = 1536 on one core.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if info.item() == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if info.item() == 0:
-                return Hessian(order, upper.float(), used)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            return Hessian(order, factor.float(), used)
     raise NumericsError(
         f"{name}: XᵀX of its input is not positive definite even with a damping of {used:g}; use more calibration "
         f"windows, or rounding: nearest."

@@ -54,7 +54,7 @@ class LayerPlan:
     input_global_scale: Tensor | None = None
     importance: Tensor | None = field(default=None, repr=False)  # [K] mean square of each input channel
     hessian: gptq.Hessian | None = field(default=None, repr=False)
-    activations: str = WEIGHT_ONLY
+    activations: str | None = None  # of a guarded input; None: the method's
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Quantize:
         return {
             name: LayerPlan(
                 self.place(*layer.weight.shape),
-                activations=self.guard_activations if name in guarded else self.activations,
+                activations=self.guard_activations if name in guarded else None,
                 **shared.get(name, {}),
             )
             for name, layer in layers.items()
@@ -202,20 +202,20 @@ class Quantize:
             codes = grid.codes(weight)
         else:
             codes = gptq.round_columns(weight, plan.hessian, grid)
-        words = plan.activations == WEIGHT_ONLY
-        tensors = grid.pack(codes, words)
+        rule = plan.activations or self.activations
+        tensors = grid.pack(codes, words=rule == WEIGHT_ONLY)
         kind = codec.FORMATS[self.weights].kind
         attributes: dict[str, object] = {
-            "activations": plan.activations,
+            "activations": rule,
             "in_features": layer.in_features,
             "out_features": layer.out_features,
             "padding": place.padding,
         }
         if kind == "fp4_linear":
-            attributes |= {"format": self.weights, "four_over_six": self.four_over_six and plan.activations == "nvfp4"}
+            attributes |= {"format": self.weights, "four_over_six": self.four_over_six and rule == "nvfp4"}
         elif kind == "int_linear":
             attributes |= {"bits": codec.FORMATS[self.weights].bits, "group_size": place.group_size}
-        if plan.activations == "nvfp4" and plan.input_global_scale is not None:
+        if rule == "nvfp4" and plan.input_global_scale is not None:
             tensors["input_global_scale"] = plan.input_global_scale
         if layer.bias is not None:
             tensors["bias"] = layer.bias.detach().clone()
