@@ -105,17 +105,15 @@ def compress(
     details: dict[str, dict[str, Any]] = {}
     reports: dict[str, Any] = {}
     for number, step in enumerate(recipe.steps, 1):
+        names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
             decisions = _fold(working, step, windows, dtype, progress)
-            if not stores(step.options):
-                reports[f"{number} {step.method}"] = decisions
-                continue
-        names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
-        if not isinstance(step.options, Transform):
+        else:
             decisions = _survey(working, step, names, windows, dtype, recipe.seed, progress)
         if decisions is not None:
-            reports[f"{number} {step.method}"] = decisions.report()
-        packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
+            reports[f"{number} {step.method}"] = decisions if isinstance(decisions, dict) else decisions.report()
+        if stores(step.options):
+            packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
 
     progress.stage("tables")
     tables = pack_tables(working, recipe, windows=windows)

@@ -13,7 +13,7 @@ Source: Wang et al., "OutlierTune", 2024 (arXiv 2406.18832).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibrate import Calibration, Site
-from compressor.folds import Fold, find_folds, fold_scale, fold_shift, share
+from compressor.folds import Fold, bf16_scale, find_folds, fold_scale, fold_shift, share
 from compressor.layers import Packed
 from compressor.methods import gptq, scale_search
 from compressor.methods import static_input as static
@@ -164,7 +164,8 @@ class OutlierTune:
             errors = {c: static_error(c) for c in product(alphas, (False, True) if place != "no" else (False,))}
             best = min(errors, key=errors.__getitem__)
             if errors[best] <= self.static_within * token_errors[token_alpha]:
-                found = _storable(model, fold, given(best))
+                found = given(best)
+                found = replace(found, fold=bf16_scale(model, fold, found.fold))
                 moved = place if best[1] else "no"
                 if moved == "producer":
                     assert found.shift is not None
@@ -176,7 +177,7 @@ class OutlierTune:
                     offset=offset, **result,
                 )  # fmt: skip
         if fold is not None and token_alpha:
-            fold_scale(model, fold, _storable(model, fold, static.split(s, None, token_alpha)).fold)
+            fold_scale(model, fold, bf16_scale(model, fold, static.split(s, None, token_alpha).fold))
         error = token_errors[token_alpha]
         return Input(rule=f"int{self.bits}", alpha=token_alpha, shifted="no", error=error, **result)
 
@@ -260,18 +261,6 @@ class OutlierTune:
             "group_size": None,
         }
         return Packed("int_linear", tensors, attributes)
-
-
-def _storable(model: nn.Module, fold: Fold, given: static.Static) -> static.Static:
-    """f moved by at most 2^-8 to where the norm's weight is a bf16 value: a bf16 load of the folder then keeps it."""
-    if fold.kind != "norm":
-        return given
-    weight = model.get_parameter(f"{fold.producer}.weight").detach().double() + fold.offset
-    f = given.fold.double()
-    new = (weight / f - fold.offset).bfloat16().double() + fold.offset
-    moved = weight / new
-    near = (moved / f - 1).abs() < 2**-8
-    return static.Static(torch.where(near, moved, f).float(), given.scale, given.shift)
 
 
 def _largest_code(name: str, calibration: Calibration, chosen: Input) -> float:
