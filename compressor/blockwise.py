@@ -1,8 +1,9 @@
 """A forward pass over many windows that runs one block at a time: what calibration rides on.
 
 Windows go through one block, one window at a time, and their hidden states wait in a temporary file between blocks.
-Beyond the weights, memory holds one block's activations of one window, however many windows there are. How a block is
-called (masks, positions, per block) is recorded from a plain forward, so there is no table of families.
+Beyond the weights, memory holds one block's activations of one window, however many windows there are; a device other
+than the weights' holds one block at a time. How a block is called (masks, positions, per block) is recorded from a
+forward in which stand-ins take the blocks' places, so there is no table of families and nothing is computed twice.
 
 `sequential` runs each block twice: first to be measured, then, once `after` has changed it, to give the next block
 what the compressed one computes.
@@ -14,21 +15,21 @@ refused, not measured wrongly.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import DataError, ModelError
+from compressor.parts import blocks
 from compressor.progress import Progress
 
-SAME = 1e-3  # relative; a plain and a block-wise forward differ by rounding, 1e-6 or so
-SAMPLE = 256  # values of a hidden state that are compared
 UNSUPPORTED = "models that cannot run block by block are not supported."
 HIDDEN = object()  # stands for the hidden states in a recorded call
 
@@ -37,18 +38,30 @@ Named = list[tuple[str, nn.Module]]
 
 @dataclass
 class Call:
-    """How the model calls one block: everything but the hidden states, and a sample and the shape of those."""
+    """How the model calls one block: everything but the hidden states, whose shape it has, and what comes with them.
+
+    rest   what the block gives after its hidden states, None where it gives nothing but those
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    sample: Tensor
     shape: torch.Size
+    rest: tuple[Any, ...] | None = None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        args = (hidden if a is HIDDEN else a for a in self.args)
-        kwargs = {k: hidden if v is HIDDEN else v for k, v in self.kwargs.items()}
-        out = block(*args, **kwargs)
+        """hidden [1, L, H] on the block's device -> the same."""
+        out = self._call(block, hidden)
         return out if isinstance(out, Tensor) else out[0]
+
+    def _call(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        device = hidden.device
+        args = (hidden if a is HIDDEN else move(a, device) for a in self.args)
+        kwargs = {k: hidden if v is HIDDEN else move(v, device) for k, v in self.kwargs.items()}
+        return block(*args, **kwargs)
+
+    def given(self, hidden: Tensor) -> Any:
+        """`hidden` as the block would give it."""
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 @torch.no_grad()
@@ -70,78 +83,135 @@ def run_blocks(
     dtype: what matrix products are computed in (autocast); hidden states and statistics stay float32.
     device: where blocks run, each moved there and back; None leaves everything where it is. Raises ModelError.
     """
-    kind = torch.device(device).type if device is not None else next(model.parameters()).device.type
-    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+    kind = torch.device(device or next(model.parameters()).device).type
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32), tempfile.TemporaryFile() as file:
         calls = record(model, windows[0], named)
         if len(windows) > 1:
             again = record(model, windows[-1], named)
             for (name, _), a, b in zip(named, calls, again, strict=True):
                 if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
                     raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
-        with tempfile.TemporaryFile(prefix="compressor-") as file:
-            spool = _Spool(file)
-            for i, window in enumerate(windows):
-                spool.write(i, _first_hidden(model, window, named[0][1]))
-            progress.stage("calibrate", len(named) * len(windows) * (2 if sequential else 1))
-            changed = False
-            for (name, block), call in zip(named, calls, strict=True):
-                home = next((p.device for p in block.parameters()), torch.device("cpu"))
-                target = home if device is None else torch.device(device)
-                block.to(target)
-                args, kwargs = _move(call.args, target), _move(call.kwargs, target)
-                moved = replace(call, args=args, kwargs=kwargs)
+        spool = _Spool(file)
+        for i, window in enumerate(windows):
+            spool.write(i, first_hidden(model, window, named[0][1]))
+        progress.stage("calibrate", len(named) * len(windows) * (2 if sequential else 1))
+        for (name, block), call in zip(named, calls, strict=True):
+            with placed(block, device):
+                target = device_of(block)
                 for i in range(len(windows)):
                     hidden = spool.read(i)
-                    if i == 0 and not changed:
-                        _require_same(name, _sample(hidden), call.sample)
                     with around(name):
-                        hidden = moved.run(block, hidden.to(target)).float()
+                        hidden = call.run(block, hidden.to(target)).float()
                     if not sequential:
                         spool.write(i, hidden)
                     progress.advance()
-                after(name)
+                with torch.autocast(kind, enabled=False):
+                    after(name)
                 if sequential:
-                    changed = True  # from here on inputs are those of the compressed prefix, not the recorded ones
                     for i in range(len(windows)):
-                        spool.write(i, moved.run(block, spool.read(i).to(target)).float())
+                        spool.write(i, call.run(block, spool.read(i).to(target)).float())
                         progress.advance()
-                block.to(home)
 
 
-def record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
-    """One plain forward of window [L], noting how each block is called. Raises ModelError."""
-    calls: dict[str, Call] = {}
+def device_of(module: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if name in calls or not isinstance(hidden, Tensor):
-                raise ModelError(f"{name}: called more than once or without hidden states; {UNSUPPORTED}")
-            calls[name] = Call(
-                tuple(HIDDEN if a is hidden else _without_cache(a) for a in args),
-                {k: HIDDEN if v is hidden else _without_cache(v) for k, v in kwargs.items()},
-                _sample(hidden),
-                hidden.shape,
-            )
 
-        return hook
+@contextmanager
+def placed(module: nn.Module, device: str | torch.device | None) -> Iterator[None]:
+    """`module` on `device` for a while; None leaves it where it is.
 
-    handles = [block.register_forward_pre_hook(note(name), with_kwargs=True) for name, block in named]
+    Its tensors are the same afterwards, not copied back. What was put in their place meanwhile is brought home.
+    """
+    home = device_of(module)
+    if device is None or torch.device(device) == home:
+        yield
+        return
+    held = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
     try:
-        _forward(model, window)
+        for tensor, data in held:
+            tensor.data = data.to(device)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for tensor, data in held:
+            tensor.data = data
+        module.to(home)
+
+
+@torch.no_grad()
+def record(model: nn.Module, window: Tensor, named: Named) -> list[Call]:
+    """How window [L] comes to each block, from one forward in which stand-ins take their places. Raises ModelError."""
+    calls: dict[str, Call] = {}
+    sent: list[Tensor] = []  # what stand-ins gave
+    rests: dict[type[nn.Module], tuple[Any, ...] | None] = {}
+
+    def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if number == len(named):
+            raise _Stop
+        name, block = named[number]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if name in calls or not isinstance(hidden, Tensor):
+            raise ModelError(f"{name}: called more than once or without hidden states; {UNSUPPORTED}")
+        if sent and hidden is not sent[-1] and not _equal(hidden, sent[-1]):
+            raise ModelError(f"{name}: its input is not the previous block's output; {UNSUPPORTED}")
+        call = calls[name] = Call(
+            tuple(HIDDEN if a is hidden else _without_cache(a) for a in args),
+            {k: HIDDEN if v is hidden else _without_cache(v) for k, v in kwargs.items()},
+            hidden.shape,
+        )
+        if type(block) not in rests:  # one block of each class runs, to see what else it gives
+            out = call._call(own[number], hidden.to(device_of(block)))
+            rests[type(block)] = None if isinstance(out, Tensor) else move(tuple(out[1:]), hidden.device)
+        call.rest = rests[type(block)]
+        sent.append(hidden + 1.0)  # unlike its input, so that the next block's is known to be this
+        return call.given(sent[-1])
+
+    with _standing_in(model, stand_in) as own, contextlib.suppress(_Stop):
+        forward(base_of(model), window)
     if absent := [name for name, _ in named if name not in calls]:
         raise ModelError(f"{absent[0]}: a plain forward does not call this block; {UNSUPPORTED}")
     return [calls[name] for name, _ in named]
 
 
+def finish(model: nn.Module, window: Tensor, hidden: Tensor, calls: list[Call]) -> Any:
+    """What the model gives for window [L] when its last block gives `hidden` [1, L, H]; no block runs."""
+    last = len(calls) - 1
+
+    def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passed = args[0] if args else kwargs["hidden_states"]
+        return calls[number].given(hidden if number == last else passed)
+
+    with _standing_in(model, stand_in):
+        return forward(model, window)
+
+
+@contextmanager
+def _standing_in(
+    model: nn.Module, function: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[list[Callable[..., Any]]]:
+    """Each block's forward is function(number, args, kwargs); gives the blocks' own ones."""
+    modules = [block for _, block in blocks(model)]
+    own = [block.forward for block in modules]
+    held = [dict(vars(block)) for block in modules]
+    try:
+        for number, block in enumerate(modules):
+            block.forward = lambda *args, _number=number, **kwargs: function(_number, args, kwargs)  # type: ignore
+        yield own
+    finally:
+        for block, before in zip(modules, held, strict=True):
+            vars(block).pop("forward")
+            vars(block).update({k: v for k, v in before.items() if k == "forward"})
+
+
 class _Stop(Exception):
-    """Ends a forward at the first block."""
+    """Ends a forward at a block."""
 
 
-def _first_hidden(model: nn.Module, window: Tensor, block: nn.Module) -> Tensor:
+@torch.no_grad()
+def first_hidden(model: nn.Module, window: Tensor, block: nn.Module) -> Tensor:
+    """What the first block gets for window [L]."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,19 +220,23 @@ def _first_hidden(model: nn.Module, window: Tensor, block: nn.Module) -> Tensor:
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        _forward(model, window)
-    except _Stop:
-        pass
+        with contextlib.suppress(_Stop):
+            forward(base_of(model), window)
     finally:
         handle.remove()
     return found[0]
 
 
-def _forward(model: Any, window: Tensor) -> None:
-    base = getattr(model, "base_model", model)  # without the head, whose logits would be the largest tensor of all
+def base_of(model: Any) -> nn.Module:
+    """The model without its head, whose logits would be the largest tensor of all."""
+    return getattr(model, "base_model", model)
+
+
+def forward(model: Any, window: Tensor) -> Any:
+    """What the model gives for window [L], without a cache."""
     tokens = window.unsqueeze(0).to(model.get_input_embeddings().weight.device)
-    takes_cache = "use_cache" in inspect.signature(base.forward).parameters
-    base(input_ids=tokens, **({"use_cache": False} if takes_cache else {}))
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return model(input_ids=tokens, **({"use_cache": False} if takes_cache else {}))
 
 
 def _without_cache(value: Any) -> Any:
@@ -199,24 +273,14 @@ class _Spool:
         return hidden
 
 
-def _sample(hidden: Tensor) -> Tensor:
-    values = hidden.detach().flatten()
-    return values[:: max(1, len(values) // SAMPLE)].float().cpu().clone()
-
-
-def _require_same(name: str, found: Tensor, expected: Tensor) -> None:
-    # NaN and Inf are left to whoever listens, who can name the layer.
-    if expected.isfinite().all() and found.isfinite().all() and (found - expected).norm() > SAME * expected.norm():
-        raise ModelError(f"{name}: its input is not the previous block's output; {UNSUPPORTED}")
-
-
-def _move(value: Any, device: torch.device) -> Any:
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors in nested tuples, lists and dicts, on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(v, device) for v in value)
+        return type(value)(move(v, device) for v in value)
     if isinstance(value, dict):
-        return {k: _move(v, device) for k, v in value.items()}
+        return {k: move(v, device) for k, v in value.items()}
     return value
 
 

@@ -128,7 +128,7 @@ def main_job(
         _check_device(device)
         folder = out or _default_folder(chosen.model, recipe)
         if dry_run:
-            _dry_run(chosen, device, as_json, verbose)
+            _dry_run(chosen, as_json, verbose)
         else:
             _run(job, chosen, folder, eval_text, device, force, not no_eval, not no_verify, as_json)
 
@@ -280,11 +280,11 @@ def _peak_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _dry_run(recipe: Recipe, device: str, as_json: bool, verbose: bool) -> None:
+def _dry_run(recipe: Recipe, as_json: bool, verbose: bool) -> None:
     from compressor.pipeline import plan_of
 
     with console.working(quiet=as_json, verbose=verbose):
-        plan = plan_of(recipe.model, recipe, device=device)
+        plan = plan_of(recipe.model, recipe)
     if as_json:
         console.emit(asdict(plan))
     else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.blockwise import Call
+from compressor.blockwise import Call, device_of
 
 ROUNDS, MOST_ROUNDS = 2, 32  # more than 2 only until every linear, that of a rare expert too, has had a token
 REPEATS = 4  # windows of one repeated token; so many values tell the rows of a linear apart
@@ -46,7 +46,7 @@ class Probe:
         self.outputs: list[Round] = []  # per round, what it gave; of a linear, a leaf of the graph
         self._calls: dict[str, list[tuple[Any, Any]]] = {}  # per module, (args, kwargs) over the rounds
         self._call = replace(call, args=_cast(call.args, dtype), kwargs=_cast(call.kwargs, dtype))
-        device = next(self.block.parameters()).device
+        device = device_of(self.block)
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -106,6 +106,7 @@ class Probe:
         given = torch.stack([_tokens(o[producer])[-1] for o in outputs])
         return _match(wanted.detach(), given.detach(), self.same)
 
+    @torch.enable_grad()
     def linear_in(self, consumer: str) -> list[tuple[str, Tensor, bool]]:
         """(producer, rows [K], alone): linears whose rows act on one channel of `consumer`'s input each, in proportion.
 

@@ -61,8 +61,7 @@ def find_folds(model: nn.Module, sites: Sequence[Site]) -> dict[tuple[str, ...],
         return {}
     found: dict[tuple[str, ...], Fold] = {}
     named = named[: used[-1] + 1]
-    with torch.no_grad():
-        calls = record(model, _random_tokens(model), named)
+    calls = record(model, _random_tokens(model), named)
     for i in used:
         name, block = named[i]
         prefix = f"{name}."
@@ -79,8 +78,7 @@ def is_exact(model: nn.Module, fold: Fold) -> bool:
     named = blocks(model)
     number = next(i for i, (n, _) in enumerate(named) if fold.producer.startswith(f"{n}."))
     name, block = named[number]
-    with torch.no_grad():
-        call = record(model, _random_tokens(model), named)[number]
+    call = record(model, _random_tokens(model), named)[number]
     inner = _renamed(fold, lambda n: n.removeprefix(f"{name}."))
     tried = probe(block, call)
     return _proven(tried, inner, shift=False) and (not fold.shifts or _proven(tried, inner, shift=True))

@@ -37,6 +37,8 @@ def build(packed: Packed) -> QuantModule:
 class QuantModule(nn.Module):
     """Buffers named as in the file. `hold_dense` trades memory for speed where weights are reused often."""
 
+    dense: Tensor | None
+
     def __init__(self, packed: Packed):
         super().__init__()
         self.attributes = dict(packed.attributes)
@@ -45,7 +47,7 @@ class QuantModule(nn.Module):
         self.padding: int = self.attributes.get("padding", 0)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
-        self.dense: Tensor | None = None
+        self.register_buffer("dense", None, persistent=False)
 
     def stored(self, name: str) -> Tensor:
         return self.get_buffer(name)

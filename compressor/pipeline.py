@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from compressor import data as text
 from compressor import evaluate
 from compressor.artifact import Artifact
+from compressor.blockwise import device_of, placed
 from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_dtype
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hold_dense
@@ -30,6 +33,16 @@ from compressor.tables import pack_tables, place_tables
 
 QUALITY_WINDOWS = 16
 SURVEY_WINDOWS, FISHER_WINDOWS = 8, 4  # decisions over the whole model need means, not matrices: few tokens do
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step is given: calibration windows [S, L], what products are computed in, and where blocks run."""
+
+    windows: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def compress(
     data: str | Path | None = None,
     quality_text: str | Path | None = None,
     measure: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress = Silent(),
 ) -> Artifact:
     """Compress a language model or encoder.
@@ -76,13 +89,16 @@ def compress(
     data          calibration text: a file, a hub dataset id, or None for the recipe's, else for shipped prose
     quality_text  text to measure before and after on; by default the part of `data` that calibration left over
     measure       False skips that measurement
+    device        where blocks run, one at a time; None: where the model is. Weights stay where they are, those of a
+                  model that is loaded here in main memory, so a device needs room for one block (to measure: for all)
     Raises RecipeError, ModelError, DataError, NumericsError.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     progress.stage("load")
-    loaded = _load(model, recipe, tokenizer, device)
-    placed = _place(loaded.model, recipe)
+    loaded = _load(model, recipe, tokenizer)
+    where = torch.device(device) if device else device_of(loaded.model)
+    placements = _place(loaded.model, recipe)
     torch.manual_seed(recipe.seed)
 
     source = data if data is not None else recipe.calibration.data
@@ -95,7 +111,8 @@ def compress(
         progress.note(f"the text has {len(windows)} windows of {length} tokens, {count} were asked for")
 
     chosen = recipe.calibration.dtype
-    dtype = fast_dtype(next(loaded.model.parameters()).device) if chosen == "auto" else getattr(torch, chosen)
+    dtype = fast_dtype(where) if chosen == "auto" else getattr(torch, chosen)
+    run = Run(windows, dtype, where, progress)
     held_out = None
     if measure:  # read before the long work: a typo should not cost the compression
         given = content if source is not None else None
@@ -105,15 +122,15 @@ def compress(
     details: dict[str, dict[str, Any]] = {}
     reports: dict[str, Any] = {}
     for number, step in enumerate(recipe.steps, 1):
-        names = {n for n, (owner, place) in placed.items() if owner is step and place.kept is None}
+        names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
-            decisions = _fold(working, step, windows, dtype, progress)
+            decisions = _fold(working, step, run)
         else:
-            decisions = _survey(working, step, names, windows, dtype, recipe.seed, progress)
+            decisions = _survey(working, step, names, recipe.seed, run)
         if decisions is not None:
             reports[f"{number} {step.method}"] = decisions if isinstance(decisions, dict) else decisions.report()
         if stores(step.options):
-            packed |= _compress(working, step, names, decisions, windows, dtype, details, progress)
+            packed |= _compress(working, step, names, decisions, details, run)
 
     progress.stage("tables")
     tables = pack_tables(working, recipe, windows=windows)
@@ -133,50 +150,50 @@ def compress(
             "calibration": {"text": described, "windows": len(windows), "length": length, "dtype": str(dtype)[6:]},
             "steps": reports,
             "layers": details,
-            "kept": {n: p.kept for n, (_, p) in placed.items() if p.kept}
+            "kept": {n: p.kept for n, (_, p) in placements.items() if p.kept}
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
         },
     )
     if held_out is not None:
-        artifact.record["quality"] = _quality(loaded, artifact, held_out, progress)
+        artifact.record["quality"] = _quality(loaded, artifact, held_out, run)
     return artifact
 
 
-def _fold(model: nn.Module, step: Step, windows: Tensor, dtype: torch.dtype, progress: Progress) -> Any:
-    """One transform on the sites whose linears are all targeted; `model` computes the same afterwards.
+def _fold(model: nn.Module, step: Step, run: Run) -> Any:
+    """One transform on the sites whose linears are all targeted, block by block; `model` computes the same afterwards.
 
     Means settle with few windows. A method that stores layers may fix ranges here, and sees every token.
     """
+    options = step.options
     names = [n for n in linears(model) if _targeted(step, n)]
-    needs = step.options.fold_needs()
-    seen = len(windows) if stores(step.options) else SURVEY_WINDOWS
-    calibration = calibrate(model, windows[: seen if needs else 1], needs, names, progress, dtype=dtype)
-    return step.options.fold(model, calibration)
+    needs = options.fold_needs()
+    seen = len(run.windows) if stores(options) else SURVEY_WINDOWS
+    parts: list[Any] = []
+
+    def fold_block(part: Calibration) -> None:
+        parts.append(options.fold(model, part))
+
+    windows = run.windows[: seen if needs else 1]
+    calibrate_blocks(model, windows, needs, fold_block, names, run.progress, run.device, run.dtype)
+    return reduce(or_, parts) if parts else None
 
 
 def _targeted(step: Step, name: str) -> bool:
     return any(fnmatchcase(name, p) for p in step.targets) and not any(fnmatchcase(name, p) for p in step.ignore)
 
 
-def _survey(
-    model: nn.Module,
-    step: Step,
-    names: set[str],
-    windows: Tensor,
-    dtype: torch.dtype,
-    seed: int,
-    progress: Progress,
-) -> Any:
+def _survey(model: nn.Module, step: Step, names: set[str], seed: int, run: Run) -> Any:
     """What the step's method decides about all its linears at once, None where it has nothing to decide."""
     options = step.options
     if not (needs := options.survey_needs()):
         return None
     layers = {n: m for n, m in linears(model).items() if n in names}
-    calibration = calibrate(model, windows[:SURVEY_WINDOWS], needs, names, progress, dtype=dtype)
+    windows = run.windows[:SURVEY_WINDOWS]
+    calibration = calibrate(model, windows, needs, names, run.progress, run.device, run.dtype)
     fisher = None
     if options.sensitivity == "kl":
         generator = torch.Generator().manual_seed(seed)
-        fisher = output_fisher(model, windows[:FISHER_WINDOWS], list(layers), generator, progress)
+        fisher = output_fisher(model, windows[:FISHER_WINDOWS], list(layers), generator, run.progress, run.device)
     return options.survey(layers, calibration, fisher)
 
 
@@ -185,10 +202,8 @@ def _compress(
     step: Step,
     names: set[str],
     decisions: Any,
-    windows: Tensor,
-    dtype: torch.dtype,
     details: dict[str, dict[str, Any]],
-    progress: Progress,
+    run: Run,
 ) -> dict[str, Packed]:
     """One step on the linears of `names`, block by block as their statistics are complete; adds to `details`.
 
@@ -211,21 +226,20 @@ def _compress(
                 model.set_submodule(name, hold_dense(build(made)))
 
     # Without statistics one window still shows which linears share an input.
-    seen = windows if options.needs() else windows[:1]
-    calibrate_blocks(
-        model, seen, options.needs(), compress_block, names, progress, dtype=dtype, sequential=sequential
-    )
+    needs = options.needs()
+    seen = run.windows if needs else run.windows[:1]
+    calibrate_blocks(model, seen, needs, compress_block, names, run.progress, run.device, run.dtype, sequential)
     if unseen:
-        progress.note(
+        run.progress.note(
             f"{len(unseen)} layers saw no calibration token and use the statistics of their siblings: "
             f"{', '.join(unseen[:3])}"
         )
     return packed
 
 
-def plan_of(model: nn.Module | str | Path | None, recipe: Recipe, *, device: str = "cpu") -> Plan:
+def plan_of(model: nn.Module | str | Path | None, recipe: Recipe) -> Plan:
     """Every weight matrix, what happens to it and the bytes it will take. No calibration text is read."""
-    loaded = _load(model, recipe, None, device)
+    loaded = _load(model, recipe, None)
     rows = []
     shapes = {n: tuple(m.weight.shape) for n, m in linears(loaded.model).items()}
     placed = [(n, shapes[n], p) for n, (_, p) in _place(loaded.model, recipe).items()]
@@ -238,10 +252,10 @@ def plan_of(model: nn.Module | str | Path | None, recipe: Recipe, *, device: str
     return Plan(rows)
 
 
-def _load(model: nn.Module | str | Path | None, recipe: Recipe, tokenizer: Any, device: str) -> Loaded:
+def _load(model: nn.Module | str | Path | None, recipe: Recipe, tokenizer: Any) -> Loaded:
     if isinstance(model, nn.Module):
         return as_loaded(model, tokenizer)
-    return load_model(model if model is not None else recipe.model, device)
+    return load_model(model if model is not None else recipe.model)
 
 
 def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Placement]]:
@@ -319,12 +333,11 @@ def _quality_windows(
     return rest if len(rest) else None
 
 
-def _quality(loaded: Loaded, artifact: Artifact, windows: Tensor, progress: Progress) -> dict[str, Any]:
-    device = next(loaded.model.parameters()).device
-    original = evaluate.torch_runner(loaded.model)
-    compressed = evaluate.torch_runner(artifact.model(dense=True, device=device))
+def _quality(loaded: Loaded, artifact: Artifact, windows: Tensor, run: Run) -> dict[str, Any]:
     compare = evaluate.compare_encoders if loaded.kind == "encoder" else evaluate.compare
-    return compare(compressed, windows, original, progress=progress)
+    compressed = evaluate.torch_runner(artifact.model(dense=True, device=run.device))
+    with placed(loaded.model, run.device):
+        return compare(compressed, windows, evaluate.torch_runner(loaded.model), progress=run.progress)
 
 
 def _on_cpu(packed: Packed) -> Packed:

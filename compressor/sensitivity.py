@@ -21,7 +21,6 @@ D, and those between layers.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.blockwise import Call, device_of, finish, first_hidden, placed, record
 from compressor.errors import DataError, ModelError, NumericsError
-from compressor.parts import head_name
+from compressor.parts import blocks, head_name
 from compressor.progress import Progress, Silent
 
 CHUNK_ELEMENTS = 1 << 22  # of a weight, so that its error in float32 is 16 MB at a time
@@ -52,6 +52,7 @@ def output_fisher(
     names: Collection[str],
     generator: torch.Generator,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
 ) -> Fisher:
     """F of the linears `names`, on the CPU: one backward pass over each of the windows [S, L] int64.
 
@@ -61,9 +62,11 @@ def output_fisher(
     An encoder has no distribution. There F is such that `kl` estimates the mean of 1 − cosine(original, compressed) of
     the hidden states o: g is the gradient of rᵀo/‖o‖ for a random normal r with its part along o removed.
 
-    Parameters get no gradient, and an activation's is reduced when it appears. Memory: the activations of one window,
-    as in training. The model is as it was afterwards; give it in eval mode. Raises DataError for no tokens, ModelError
-    when no gradient reaches any of the linears, NumericsError for NaN or Inf.
+    Parameters get no gradient, and an activation's is reduced when it appears. Blocks run one at a time, backwards on
+    what they got, so memory holds one block's activations and the hidden states between all blocks of these windows.
+    `device` is where blocks run, each moved there; None leaves the model where it is. It is as it was afterwards; give
+    it in eval mode. Raises DataError for no tokens, ModelError when no gradient reaches any of the linears,
+    NumericsError for NaN or Inf.
     """
     if windows.dim() != 2 or not windows.numel():
         raise DataError(f"sensitivity windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
@@ -71,11 +74,28 @@ def output_fisher(
     layers = {name: model.get_submodule(name) for name in names}
     seen = {n: _Seen.start(len(m.get_parameter("weight"))) for n, m in layers.items()}
     objective = _projection if head_name(model) is None else _log_likelihood
-    progress.stage("sensitivity", len(windows))
+    named = blocks(model)
+    calls = record(model, windows[0], named)
+    progress.stage("sensitivity", 2 * len(named) * len(windows))
+    between: list[list[Tensor]] = [[first_hidden(model, window, named[0][1]) for window in windows]]
+    with torch.no_grad():
+        for (_, block), call in zip(named, calls, strict=True):
+            with placed(block, device):
+                between.append([_on(block, h, call) for h in between[-1]])
+            progress.advance(len(windows))
     with _frozen(model), _listening(layers, seen), torch.enable_grad():
-        for window in windows:
-            objective(_forward(model, window), generator).backward()
-            progress.advance()
+        slopes = []
+        for window, hidden in zip(windows, between.pop(), strict=True):
+            hidden.requires_grad_()
+            objective(_output(model, finish(model, window, hidden.clone(), calls)), generator).backward()
+            slopes.append(hidden.grad)
+        for (_, block), call in reversed(list(zip(named, calls, strict=True))):
+            with placed(block, device):
+                for i, hidden in enumerate(between.pop()):
+                    hidden.requires_grad_()
+                    _on(block, hidden, call).backward(slopes[i])
+                    slopes[i] = hidden.grad
+            progress.advance(len(windows))
     for name, one in seen.items():
         if not one.gradients.isfinite().all() or not math.isfinite(one.inputs):
             raise NumericsError(f"{name}: NaN or Inf in its input or its gradient; check the weights around it.")
@@ -117,11 +137,13 @@ def _by_rows(weight: Tensor, other: Tensor | None, h: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def _forward(model: Any, window: Tensor) -> Tensor:
+def _on(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """What a block gives for `hidden`, where `hidden` is. The block may write into its copy."""
+    return call.run(block, hidden.to(device_of(block), copy=True)).to(hidden.device)
+
+
+def _output(model: nn.Module, out: Any) -> Tensor:
     """Logits [L, V], or hidden states [L, H] of an encoder, float32."""
-    tokens = window.unsqueeze(0).to(model.get_input_embeddings().weight.device)
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    out = model(input_ids=tokens, **({"use_cache": False} if takes_cache else {}))
     result = (out.logits if hasattr(out, "logits") else out.last_hidden_state)[0].float()
     if result.isnan().any():
         raise NumericsError(f"{type(model).__name__}: its output for calibration text is NaN; check its weights.")
@@ -147,17 +169,13 @@ def _projection(hidden: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter gets a gradient, what comes out of the token embedding does."""
+    """No parameter gets a gradient."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    # The copy is not a leaf: a model may write into it.
-    handle = table.register_forward_hook(lambda _module, _args, out: out.detach().requires_grad_().clone())
     try:
         for p, _ in flags:
             p.requires_grad_(False)
         yield
     finally:
-        handle.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
 

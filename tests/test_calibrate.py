@@ -228,7 +228,7 @@ def test_names_choose_and_later_blocks_do_not_run(tiny):
     chosen = {"model.layers.0.mlp.up_proj"}
     found = calibrate(model, tokens(5), {AbsMax}, chosen)
     assert [s.names for s in found.sites] == [tuple(chosen)] and not found.unseen
-    assert len(ran) == 2, "only the recorded plain forwards reach block 1"
+    assert not ran, "block 1 has nothing to measure"
     with pytest.raises(KeyError):
         found.value("model.layers.0.mlp.gate_proj", AbsMax)
 

@@ -67,6 +67,9 @@ class Input:
 class Inputs:
     sites: tuple[Input, ...]
 
+    def __or__(self, other: Inputs) -> Inputs:
+        return Inputs(self.sites + other.sites)
+
     def of(self, name: str) -> Input:
         return next(site for site in self.sites if name in site.names)
 

@@ -16,8 +16,9 @@ class Transform(Protocol):
         """The statistics of every input that `fold` looks at."""
 
     def fold(self, model: nn.Module, calibration: Calibration) -> Any:
-        """Replace parameters of `model`, a twin of the original; returns JSON for the manifest.
+        """Replace parameters of `model`, a twin of the original; returns a dict of JSON for the manifest.
 
+        Called block by block with that block's statistics, the block being where it ran; the parts are joined by `|`.
         A method that stores layers too returns its decisions instead, which have a report() and go to its `plan`.
         """
 
