@@ -8,7 +8,7 @@ import torch
 from compressor.errors import NumericsError
 from compressor.layers import Packed, build
 from compressor.methods import gptq, scale_search
-from compressor.methods.grid import ELEMENTS, Grid
+from compressor.methods.grid import ELEMENTS, LIMITS, Grid
 
 K = 96
 FORMATS = [("nvfp4", 16), ("mxfp4", 32), ("int2", 32), ("int4", 32), ("int4", None), ("int8", None), ("fp8", None)]
@@ -101,3 +101,33 @@ def test_damping_grows_until_the_matrix_can_be_factorized(rng):
     assert gptq.factorize(gram, 0.001).damping > 0.001
     with pytest.raises(NumericsError, match=r"down_proj: XᵀX .* rounding: nearest"):
         gptq.factorize(-torch.ones(K, K) + 2 * torch.eye(K), 0.01, "layers.3.down_proj")
+
+
+@pytest.mark.parametrize("format", LIMITS)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 128), (1, 1), (9, 63)])
+def test_the_gpu_kernel_is_its_twin(rng, format, rows, columns):
+    """On a GPU where there is one, else in triton's interpreter (conftest.py)."""
+    pytest.importorskip("triton")
+    from compressor.kernels import gptq_columns
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(rows, columns, generator=rng) * 20
+    step = torch.rand(rows, columns, generator=rng) * 3 + 0.01
+    u = torch.randn(columns, columns, generator=rng).triu_() * 0.1 + torch.eye(columns)
+    weight[0, 0] = step[0, 0] * 2.5  # a tie goes to the even code
+    expected = gptq.round_block(weight.clone(), step, u, Grid(format, step))
+    found = gptq_columns.round_block(weight.to(device), step.to(device), u.to(device), LIMITS[format])
+    for ours, theirs in zip(found, expected, strict=True):
+        # A sum's order can tip one code over, after which that row is another one.
+        same = torch.isclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-4).all(1)
+        assert same.float().mean() >= 0.75, (ours.cpu() - theirs).abs().amax()
+
+
+@pytest.mark.parametrize("format", LIMITS)
+def test_limits_describe_the_element_grid(format):
+    low, high, binade, unit = LIMITS[format]
+    x = torch.cat([torch.linspace(-2 * high, 2 * high, 9999), torch.linspace(-2, 2, 4001)])
+    clipped = x.clamp(low, high)
+    power = torch.exp2(torch.floor(torch.log2(clipped.abs().clamp_min(1e-30))))
+    grain = power.clamp_min(binade) * unit if binade else torch.ones_like(x)
+    assert torch.equal(ELEMENTS[format](x), torch.round(clipped / grain) * grain)

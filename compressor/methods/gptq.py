@@ -13,13 +13,14 @@ any groups works, and the column order costs nothing in the file. Source: Franta
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compressor.errors import NumericsError
-from compressor.methods.grid import Grid
+from compressor.methods.grid import LIMITS, Grid
 
 BLOCK = 128  # columns whose corrections are collected before the rest of the matrix is touched
 DAMPINGS = (1, 10, 100)  # times the recipe's damping, until the factorization succeeds
@@ -75,17 +76,32 @@ def round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
     step = grid.columns(weight.shape[1])[:, order]
     codes = torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK):
-        end = min(start + BLOCK, w.shape[1])
-        block, errors = w[:, start:end], torch.empty(len(w), end - start, device=w.device)
-        for k in range(end - start):
-            column, s = block[:, k : k + 1], step[:, start + k : start + k + 1]
-            code = grid.codes(column, s)
-            codes[:, start + k : start + k + 1] = code
-            error = (column - code * s) / u[start + k, start + k]
-            errors[:, k : k + 1] = error
-            block[:, k:].addmm_(error, u[start + k : start + k + 1, start + k : end], alpha=-1)
-        w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
+        block = slice(start, start + BLOCK)
+        codes[:, block], errors = _round(w[:, block], step[:, block], u[block, block], grid)
+        w[:, start + BLOCK :].addmm_(errors, u[block, start + BLOCK :], alpha=-1)
     return codes[:, torch.argsort(order)]
+
+
+def _round(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if weight.is_cuda and grid.format in LIMITS and importlib.util.find_spec("triton"):
+        from compressor.kernels import gptq_columns
+
+        return gptq_columns.round_block(weight, step, u, LIMITS[grid.format])
+    return round_block(weight, step, u, grid)
+
+
+def round_block(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(codes, errors e), each [N, C], of C columns; `weight` is overwritten. kernels/gptq_columns.py is the fast twin.
+
+    weight, step [N, C] float32 in the factor's column order;  u [C, C] the factor's part for these columns.
+    """
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for k in range(weight.shape[1]):
+        column, s = weight[:, k : k + 1], step[:, k : k + 1]
+        codes[:, k : k + 1] = code = grid.codes(column, s)
+        errors[:, k : k + 1] = e = (column - code * s) / u[k, k]
+        weight[:, k:].addmm_(e, u[k : k + 1, k:], alpha=-1)
+    return codes, errors
 
 
 def error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:

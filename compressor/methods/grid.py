@@ -28,6 +28,14 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# The same grids as kernels take them: lowest and highest code, smallest binade (0: integers), spacing over binade.
+LIMITS = {
+    "nvfp4": (-6.0, 6.0, 1.0, 0.5),
+    "mxfp4": (-6.0, 6.0, 1.0, 0.5),
+    "fp8": (-448.0, 448.0, 2.0**-6, 2.0**-3),
+} | {f"int{b}": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 0.0, 1.0) for b in (2, 4, 6, 8)}
+
+
 @dataclass(frozen=True)
 class Grid:
     """step [N, B] float32, positive, exactly as decoded from what is stored; divisor: nvfp4's global scale [1]."""
