@@ -54,13 +54,14 @@ def round_block(
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors), each [N, C] float32, of a block of C <= 128 columns; `weight` is only read.
 
-    weight, step  [N, C] float32 on a GPU, columns next to each other
+    weight, step  [N, C] float32 on a GPU
     u             [C, C] float32, upper triangular: the block's part of GPTQ's factor
     limits        of the element grid: lowest and highest code, smallest binade (0: integers), spacing over binade
     """
     n, c = weight.shape
-    if c > WIDTH or any(t.stride(1) != 1 for t in (weight, step, u)):
-        raise ValueError(f"a block has at most {WIDTH} columns, next to each other; got {c}.")
+    if c > WIDTH:
+        raise ValueError(f"a block has at most {WIDTH} columns, got {c}.")
+    weight, step, u = (t if t.stride(1) == 1 else t.contiguous() for t in (weight, step, u))
     codes, errors = (torch.empty(n, c, device=weight.device) for _ in range(2))
     low, high, binade, unit = limits
     _columns[(triton.cdiv(n, ROWS),)](

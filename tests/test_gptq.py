@@ -116,7 +116,8 @@ def test_the_gpu_kernel_is_its_twin(rng, format, rows, columns):
     u = torch.randn(columns, columns, generator=rng).triu_() * 0.1 + torch.eye(columns)
     weight[0, 0] = step[0, 0] * 2.5  # a tie goes to the even code
     expected = gptq.round_block(weight.clone(), step, u, Grid(format, step))
-    found = gptq_columns.round_block(weight.to(device), step.to(device), u.to(device), LIMITS[format])
+    columnwise = u.to(device).T.contiguous().T  # as a triangular solve on a GPU leaves it
+    found = gptq_columns.round_block(weight.to(device), step.to(device), columnwise, LIMITS[format])
     for ours, theirs in zip(found, expected, strict=True):
         # A sum's order can tip one code over, after which that row is another one.
         same = torch.isclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-4).all(1)
