@@ -10,6 +10,7 @@ Appends a JSON line to bench/results/large.jsonl.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import tempfile
@@ -85,6 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         build(f"{scratch}/model", arguments.device, arguments.layers)
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         clock, start = Clock(), time.monotonic()

@@ -80,7 +80,7 @@ class Gram(Statistic):
 class BlockNoise(Statistic):
     """Mean squared error of rounding x to E2M1 in blocks of 16 with their ideal scale, per channel, [K].
 
-    What 4-bit activations cost, before any weight is looked at. K must be divisible by 16.
+    What 4-bit activations cost, before any weight is looked at. Zeros fill the last block where 16 does not divide K.
     """
 
     def __init__(self, features: int):
@@ -91,9 +91,9 @@ class BlockNoise(Statistic):
         return cls(features)
 
     def add(self, x: Tensor) -> None:
-        blocks = codec.blocks_of(x.float(), 16)
+        blocks = codec.blocks_of(torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % 16)), 16)
         step = (blocks.abs().amax(-1, keepdim=True) / codec.E2M1_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        error = (codec.round_e2m1(blocks / step) * step - blocks).flatten(-2)
+        error = (codec.round_e2m1(blocks / step) * step - blocks).flatten(-2)[:, : x.shape[-1]]
         self.total += error.square().sum(0, dtype=torch.float64).cpu()
         self.tokens += len(x)
 

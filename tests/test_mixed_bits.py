@@ -17,7 +17,7 @@ from compressor.methods.quantize import Quantize
 from compressor.model import linears
 from compressor.pipeline import plan_of
 from compressor.sensitivity import costs, output_fisher
-from compressor.statistics import ChannelSquare
+from compressor.statistics import BlockNoise, ChannelSquare
 
 CHOICES = ("mxfp4", "nvfp4", "int8")
 WINDOWS = torch.randint(4, 288, (4, 48), generator=torch.Generator().manual_seed(1))
@@ -227,3 +227,18 @@ def test_a_recipe_with_an_unknown_choice_says_where(tiny):
     steps = [{"mixed_bits": {"bits": 5.0, "choices": ["nvfp4", "int9"]}}]
     with pytest.raises(RecipeError, match=r"step 1 \(mixed_bits\): choices.* is 'int9'; did you mean 'int8'"):
         Recipe.from_dict({"steps": steps})
+
+
+def test_rounded_inputs_count(tiny):
+    """With inputs rounded alike, the layer whose input four bits spoil gets the eight, though its weights do not ask."""
+    model = tiny("llama")
+    layers = linears(model)
+    calibration = calibrate(model, WINDOWS, {ChannelSquare, BlockNoise})
+    fisher = output_fisher(model, WINDOWS, list(layers), torch.Generator().manual_seed(0))
+    budget = {"bits": 6.0, "choices": ("nvfp4", "fp8")}
+    by_weights = MixedBits(**budget).survey(layers, calibration, fisher).formats
+    site = next(s for s in calibration.sites if by_weights[s.names[0]] == "nvfp4")
+    calibration._statistics[site][BlockNoise].total *= 1e6
+    assert MixedBits(**budget).survey(layers, calibration, fisher).formats == by_weights
+    matched = MixedBits(**budget, activations="match").survey(layers, calibration, fisher).formats
+    assert {matched[name] for name in site.names} == {"fp8"}

@@ -70,6 +70,21 @@ class Guards:
         }
 
 
+def input_cost(
+    name: str, layer: nn.Linear, calibration: Calibration, fisher: Fisher | None
+) -> tuple[float, float]:
+    """What rounding the input of one linear to 4 bits costs, and its output noise relative to its output.
+
+    The cost is in KL where `fisher` is given, else it is that noise. Needs BlockNoise and ChannelSquare.
+    """
+    e, h = calibration.value(name, BlockNoise), calibration.value(name, ChannelSquare)
+    weight = layer.weight.detach()
+    nothing = {"": weight.new_zeros(()).expand(weight.shape)}
+    energy = costs(weight, nothing, h, weight.new_ones(len(weight)))[""]
+    noise = costs(weight, nothing, e, weight.new_ones(len(weight)))[""] / max(energy, 1e-30)
+    return (noise if fisher is None else costs(weight, nothing, e, fisher.inputs[name])[""]), noise
+
+
 def choose(
     layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None, share: float
 ) -> Guards:
@@ -79,18 +94,8 @@ def choose(
     for site in calibration.sites:
         if not (names := tuple(n for n in site.names if n in layers)):
             continue
-        e, h = calibration.value(names[0], BlockNoise), calibration.value(names[0], ChannelSquare)
-        cost = noise = 0.0
-        for name in names:
-            weight = layers[name].weight.detach()
-            nothing = {"": weight.new_zeros(()).expand(weight.shape)}
-            energy = costs(weight, nothing, h, weight.new_ones(len(weight)))[""]
-            spoiled = costs(weight, nothing, e, weight.new_ones(len(weight)))[""]
-            noise = max(noise, spoiled / max(energy, 1e-30))
-            if fisher is None:
-                cost += spoiled / max(energy, 1e-30)
-            else:
-                cost += costs(weight, nothing, e, fisher.inputs[name])[""]
+        parts = [input_cost(name, layers[name], calibration, fisher) for name in names]
+        cost, noise = sum(cost for cost, _ in parts), max(noise for _, noise in parts)
         macs = sum(layers[n].weight.numel() for n in names)
         found[names[0]] = Guard(names, cost, noise, macs / total)
     groups = {

@@ -18,12 +18,15 @@ from compressor.allocation import Allocation, Choice, allocate
 from compressor.calibrate import Calibration
 from compressor.errors import RecipeError
 from compressor.layers import Packed, build
+from compressor.methods.guard import EIGHT_BIT_NOISE, input_cost
 from compressor.methods.quantize import PAIRS, WEIGHT_ONLY, LayerPlan, Placement, Quantize
 from compressor.sensitivity import Fisher, costs
-from compressor.statistics import ChannelSquare, Statistic
+from compressor.statistics import BlockNoise, ChannelSquare, Statistic
 
 Format = Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"]
 MEGABYTE = 1_000_000
+# Of an activation rule, in terms of E2M1's in blocks of 16.
+INPUT_NOISE = {"none": 0.0, "nvfp4": 1.0, "mxfp4": 1.0, "int8": EIGHT_BIT_NOISE, "fp8": EIGHT_BIT_NOISE}
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class MixedBits:
         return {ChannelSquare}.union(*(method.needs() for method in self._methods().values()))
 
     def survey_needs(self) -> set[type[Statistic]]:
-        """Channel squares weight the errors that the formats are compared by."""
-        return {ChannelSquare}
+        """Channel squares weight the errors that the formats are compared by; block noise is that of rounded inputs."""
+        return {ChannelSquare} if self.activations == "none" else {ChannelSquare, BlockNoise}
 
     def place(self, out_features: int, in_features: int) -> Placement:
         """A layer before the budget is shared out: as large as the budget's average, within what its formats allow.
@@ -143,9 +146,13 @@ class MixedBits:
             totals: dict[str, tuple[int, float]] = {}
             for name in names:
                 weighed = _weigh(name, layers[name], nearest, planned, calibration, fisher)
+                inputs = 0.0
+                if self.activations == "match" and calibration is not None and calibration.seen(name):
+                    inputs, _ = input_cost(name, layers[name], calibration, fisher)
                 for choice, (size, cost) in weighed.items():
                     before = totals.get(choice, (0, 0.0))
-                    totals[choice] = (before[0] + size, before[1] + cost)
+                    share = INPUT_NOISE[self._activations(choice)]
+                    totals[choice] = (before[0] + size, before[1] + cost + share * inputs)
             if totals:
                 groups[group] = [Choice(choice, *total) for choice, total in totals.items()]
         weights = sum(layers[name].weight.numel() for group in groups for name in sites[group])
