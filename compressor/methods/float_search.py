@@ -24,6 +24,9 @@ from compressor.methods import scale_search
 from compressor.methods.scale_search import FLOAT_RATIOS
 
 ROUNDS = 3
+# The range of an input in eighths of an octave of its largest value: every fourth, then nearer to the best of them.
+COARSE, FINER = tuple(range(0, -25, -4)), (2, 1)
+MOST=None
 ROWS = 256  # of all linears of a site together
 
 
@@ -85,7 +88,7 @@ class Found:
 
 def shift_of(amax: Tensor, top: float, format: str) -> Tensor:
     """k [K] for channel maxima `amax` [K] and maxval `top`; a channel that was silent is not shifted."""
-    most = 2 ** codec.FLOATS[format].exponent - 1
+    most = MOST if MOST is not None else 2 ** codec.FLOATS[format].exponent - 1
     k = torch.log2(top / amax.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, most)
     return torch.where(amax > 0, k, 0.0)
 
@@ -132,8 +135,11 @@ def search(
     if rule == "absmax":
         return Found(start, first, _total(samples, start, first, block), base)
     best = Found(start, first, float("inf"), base)
+    before = None
     for _ in range(ROUNDS):
-        chosen = best.input
+        if best.formats == before:
+            break
+        chosen, before = best.input, best.formats
         if rule == "joint" and activation_formats:
             chosen = _best_input(samples, amax, best.formats, activation_formats, block, shift)
         found = [_best_formats(s, chosen, formats, block) for s in samples]
@@ -147,13 +153,19 @@ def search(
 def _best_input(samples, amax, formats, activation_formats, block, shift) -> Input:
     whole = float(amax.amax()) or 1.0
     best, least = Input(), float("inf")
+    def at(format: str, eighths: int) -> tuple[float, Input]:
+        top = whole * 2.0 ** (eighths / 8)
+        given = Input(format, top, shift_of(amax, top, format) if shift else None)
+        return _total(samples, given, formats, block), given
+
     for format in activation_formats:
-        for ratio in FLOAT_RATIOS:
-            k = shift_of(amax, whole * ratio, format) if shift else None
-            tried = Input(format, whole * ratio, k)
-            found = _total(samples, tried, formats, block)
-            if found < least:
-                best, least = tried, found
+        tried = {e: at(format, e) for e in COARSE}
+        for distance in FINER:
+            middle = min(tried, key=lambda e: tried[e][0])
+            tried |= {e: at(format, e) for e in (middle - distance, middle + distance)}
+        error, given = min(tried.values(), key=lambda t: t[0])
+        if error < least:
+            best, least = given, error
     return best
 
 
