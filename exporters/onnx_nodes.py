@@ -23,8 +23,14 @@ INPUTS = {
     "IntLinear": ("x", "weight", "weight_scale", "bias", "input_scale", "input_offset"),
     "FP8Linear": ("x", "weight", "weight_scale", "bias"),
     "FloatLinear": (
-        "x", "weight_packed", "weight_scale", "weight_global_scale", "input_scale", "input_shift", "bias",
-    ),  # fmt: skip
+        "x",
+        "weight_packed",
+        "weight_scale",
+        "weight_global_scale",
+        "input_scale",
+        "input_shift",
+        "bias",
+    ),
     "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
 }
@@ -175,9 +181,12 @@ def _emit_float_linear(
     format: str,
     activations: str,
 ) -> Any:
-    block = weight_packed.shape[1] * 8 // FLOATS[format].bits // weight_scale.shape[1]
-    attributes = {"format": format, "activations": activations, "block_size": 0 if weight_global_scale is None else block}
-    scale = weight_scale if weight_global_scale is not None else _float(weight_scale)
+    block, scale = 0, weight_scale
+    if weight_global_scale is None:
+        scale = _float(weight_scale)
+    else:
+        block = weight_packed.shape[1] * 8 // FLOATS[format].bits // weight_scale.shape[1]
+    attributes = {"format": format, "activations": activations, "block_size": block}
     inputs = (x, weight_packed, scale, weight_global_scale, input_scale, input_shift, _float(bias))
     return _emit("FloatLinear", inputs, attributes)
 

@@ -71,7 +71,8 @@ def test_floats_round_to_nearest_and_saturate(name):
     x = torch.cat((torch.linspace(0, 8 * grid[1], 4001), torch.linspace(0, element.top, 4001)))
     rounded = codec.round_float(x, element)
     assert torch.equal((x - rounded).abs(), (x[:, None] - grid).abs().amin(-1))
-    assert torch.equal(codec.round_float(rounded, element), rounded) and torch.equal(codec.round_float(-x, element), -rounded)
+    assert torch.equal(codec.round_float(rounded, element), rounded)
+    assert torch.equal(codec.round_float(-x, element), -rounded)
     assert codec.round_float(torch.tensor([2 * element.top, -1e30]), element).tolist() == [element.top, -element.top]
     codes = codec.float_codes(grid, element)
     assert codes.tolist() == list(range(len(grid))) and torch.equal(codec.float_values(codes, element), grid)

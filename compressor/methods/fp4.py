@@ -3,8 +3,8 @@
     y = W x + b ≈ Q_w(2^-k W) · Q_a(2^k x) + b        Q_a: one static scale for all tokens and channels
 
 The powers of two 2^k_j, one a channel, bring the channels of x to one range before they are rounded, and cost nothing:
-they are exact, and folds.py moves them into whatever produces x. Where it cannot, the op multiplies by them. W is rounded
-after it has taken 2^-k, in blocks of 16 with scales of their own. What is searched, and how, is float_search.py.
+they are exact, and folds.py moves them into whatever produces x; where it cannot, the op multiplies by them. W is
+rounded after it has taken 2^-k, in blocks of 16 with scales of their own. What is searched is float_search.py.
 
 Source: Liu et al., "LLM-FP4", EMNLP 2023 (arXiv 2310.16836). docs/llm_fp4.md has what differs, and figures.
 """
@@ -23,7 +23,7 @@ from compressor.folds import Fold, find_folds, fold_scale, share
 from compressor.kernels import codec
 from compressor.layers import Packed
 from compressor.methods import float_search, gptq, scale_search
-from compressor.methods.float_search import Found, Sample
+from compressor.methods.float_search import Found, Sample, power_of_two
 from compressor.methods.quantize import Placement
 from compressor.model import linears
 from compressor.statistics import ChannelAbsMax, ChannelSquare, Gram, Statistic, TokenSample
@@ -103,7 +103,8 @@ class FP4:
             given = getattr(self, option)
             allowed = _of_width(bits)
             if given != "auto" and (not given or not set(given) <= set(allowed)):
-                raise ValueError(f"{option} {', '.join(given) or 'empty'}: {bits} bits have {', '.join(allowed) or 'none'}")
+                found = ", ".join(given) or "empty"
+                raise ValueError(f"{option} {found}: {bits} bits have {', '.join(allowed) or 'none'}")
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} must be above 0; 0.01 is usual")
 
@@ -133,9 +134,6 @@ class FP4:
             tuple(self._fold(model, owner.get(names[0]), sites, calibration) for names, sites in together.items())
         )
 
-    def _formats(self, chosen: tuple[Format, ...] | str, bits: int) -> tuple[str, ...]:
-        return _of_width(bits) if chosen == "auto" else tuple(chosen)
-
     def _fold(self, model: nn.Module, fold: Fold | None, sites: Sequence[Site], calibration: Calibration) -> Choice:
         layers = linears(model)
         samples = []
@@ -147,8 +145,8 @@ class FP4:
         found = float_search.search(
             samples,
             amax if fold is None else share(fold, amax),
-            self._formats(self.formats, self.bits),
-            self._formats(self.activation_formats, self.activation_bits),
+            _of_width(self.bits) if self.formats == "auto" else self.formats,
+            _of_width(self.activation_bits) if self.activation_formats == "auto" else self.activation_formats,
             self.block,
             self.search,
             self.shift,
@@ -157,9 +155,10 @@ class FP4:
         if shift is not None and bool(shift.any()):
             kind = "input_shift" if fold is None else fold.kind
             if fold is not None:
-                fold_scale(model, fold, torch.exp2(-shift))
-        formats = {n: f for site, of in zip(sites, found.formats, strict=True) for n, f in zip(site.names, of, strict=True)}
-        return Choice(tuple(formats), formats, found, kind)
+                fold_scale(model, fold, power_of_two(-shift))
+        names = [n for site in sites for n in site.names]
+        formats = dict(zip(names, (f for of in found.formats for f in of), strict=True))
+        return Choice(tuple(names), formats, found, kind)
 
     def survey_needs(self) -> set[type[Statistic]]:
         """Nothing: `fold` decides."""
@@ -193,7 +192,7 @@ class FP4:
         def scaled(values: Tensor) -> Tensor:
             if choice.input_shift is None:
                 return values
-            power = torch.exp2(choice.input_shift).to(values)
+            power = power_of_two(choice.input_shift).to(values.device)
             return values * power * (power if values.dim() == 1 else power.unsqueeze(-1))
 
         if self.rounding == "gptq":
@@ -220,13 +219,14 @@ class FP4:
         if layer.bias is not None:
             tensors["bias"] = layer.bias.detach().clone()
         if given.format is None and plan.format == "e2m1" and self.block:  # NVFP4, which every runtime reads
-            return Packed("fp4_linear", tensors, attributes | {"format": "nvfp4", "activations": "none", "four_over_six": False})
+            attributes |= {"format": "nvfp4", "activations": "none", "four_over_six": False}
+            return Packed("fp4_linear", tensors, attributes)
         if given.format is not None:
             tensors["input_scale"] = torch.tensor([given.step], device=weight.device)
         if (shift := plan.choice.input_shift) is not None:
             tensors["input_shift"] = nn.functional.pad(shift, (0, padding)).to(torch.int8)
-        rule = f"{given.format}_static" if given.format else "none"
-        return Packed("float_linear", tensors, attributes | {"format": plan.format, "activations": rule})
+        attributes |= {"format": plan.format, "activations": f"{given.format}_static" if given.format else "none"}
+        return Packed("float_linear", tensors, attributes)
 
 
 def _of_width(bits: int) -> tuple[str, ...]:

@@ -32,8 +32,10 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Grid:
-    """step [N, B] float32, positive, exactly as decoded from what is stored; divisor: the global scale [1] of nvfp4 and of
-    floats in blocks."""
+    """step [N, B] float32, positive, exactly as decoded from what is stored.
+
+    divisor: the global scale [1] of nvfp4, and of floats in blocks.
+    """
 
     format: str
     step: Tensor
@@ -65,10 +67,11 @@ class Grid:
             return {"weight_packed": codec.pack_nibbles(codec.e2m1_codes(codes)), "weight_scale": exponent}
         if self.format in codec.FLOATS:
             element = codec.FLOATS[self.format]
-            packed = {"weight_packed": codec.pack_codes(codec.float_codes(codes, element), element.bits)}
+            packed = codec.pack_codes(codec.float_codes(codes, element), element.bits)
             if self.divisor is None:
-                return {**packed, "weight_scale": self.step.bfloat16()}
-            return {**packed, "weight_scale": codec.to_e4m3(self.step * self.divisor), "weight_global_scale": self.divisor}
+                return {"weight_packed": packed, "weight_scale": self.step.bfloat16()}
+            scale = codec.to_e4m3(self.step * self.divisor)
+            return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": self.divisor}
         if self.format == "fp8":
             return {"weight": codec.to_e4m3(codes), "weight_scale": self.step.bfloat16()}
         if not words:
