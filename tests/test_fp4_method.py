@@ -16,11 +16,11 @@ from compressor.folds import find_folds, fold_scale, share
 from compressor.kernels import codec
 from compressor.layers import build
 from compressor.methods import scale_search
-from compressor.methods.float_search import Input, shift_of
+from compressor.methods.float_search import Input, Sample, search, shift_of
 from compressor.methods.fp4 import FP4
 from compressor.methods.quantize import Quantize
 from compressor.model import as_loaded, linears, load_model, twin
-from compressor.statistics import TokenSample
+from compressor.statistics import ChannelAbsMax, TokenSample
 
 FAMILIES = ["llama", "opt", "gpt2", "gemma"]
 IDS = torch.randint(4, 288, (8, 48), generator=torch.Generator().manual_seed(3))
@@ -34,13 +34,12 @@ def output(model, ids=IDS):
 
 
 def spread(model, factor=16.0):
-    """Channels of every size in front of the norms' readers, as trained models have them: norms take what a random
-    power of two gives, readers its inverse, and the model computes what it did."""
+    """Channels of every size, as trained models have them: a random scale is folded wherever one can be."""
     model = as_loaded(model).model
     generator = torch.Generator().manual_seed(0)
     for fold in find_folds(model, calibrate(model, IDS[:1], set()).sites).values():
         drawn = torch.rand(model.get_submodule(fold.site[0]).in_features, generator=generator)
-        fold_scale(model, fold, share(fold, torch.exp2((drawn * torch.tensor(factor).log2()).round())))
+        fold_scale(model, fold, share(fold, torch.exp2(drawn * torch.tensor(factor).log2())))
     return model
 
 
@@ -111,6 +110,34 @@ def test_the_search_is_never_worse_than_abs_max_on_its_sample(tiny, name, option
     errors = [(s.found.error, s.found.absmax_error) for s in choices.sites]
     assert all(found <= absmax for found, absmax in errors)
     assert sum(found for found, _ in errors) < 0.8 * sum(absmax for _, absmax in errors)
+
+
+def test_a_shift_that_hurts_is_not_taken():
+    """Channels of values ±5.6 beside one of ±8: rounding log2(8 / 5.6) up puts them at 11.2, and all are clipped."""
+    x = torch.randint(0, 2, (64, 32), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    x *= torch.tensor([8.0] + [5.6] * 31)
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    sample, amax = Sample.of(x, [weight]), x.abs().amax(0)
+    assert shift_of(amax, 8.0).tolist() == [0.0] + [1.0] * 31
+    found = search([sample], amax, ["e2m1"], ["e2m1"], 16, "weights", True)
+    assert found.input.shift is None and found.error == found.absmax_error
+
+
+def test_copies_of_a_value_share_their_shift(tiny):
+    """Four query heads on two value heads; one copy of each value is made to look twice as large as the other."""
+    working, method = twin(spread(tiny("llama"), 64.0)), FP4()
+    calibration, before = calibrate(working, IDS, method.fold_needs()), output(working)
+    for site, statistics in calibration._statistics.items():
+        if site.names[0].endswith("o_proj"):
+            statistics[ChannelAbsMax].high.view(2, 2, 16)[:, 1] *= 2
+            statistics[ChannelAbsMax].low.view(2, 2, 16)[:, 1] *= 2
+    choices = method.fold(working, calibration)
+    assert torch.equal(output(working), before)
+    sites = [s for s in choices.sites if s.names[0].endswith("o_proj")]
+    assert any(s.kind == "values" for s in sites)
+    for site in sites:
+        k = site.found.input.shift.view(2, 2, 16)  # value head, its two query heads, channel
+        assert torch.equal(k[:, 0], k[:, 1]) and len(k.unique()) > 2
 
 
 def test_the_grid_of_ratios_holds_one():
