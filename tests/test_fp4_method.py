@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+import transformers
 
 from compressor import Recipe, compress, load
 from compressor.calibrate import calibrate
@@ -262,7 +263,7 @@ def run(model, tokenizer, text, exports=("safetensors",), **options):
 
 
 def test_every_family_compresses_and_loads_again(tiny, tiny_tokenizer, text, tmp_path, family):
-    if family == "mixtral" and importlib.util.find_spec("transformers.core_model_loading"):
+    if family == "mixtral" and transformers.__version__.startswith("5"):
         pytest.skip("transformers 5 fuses the experts into one parameter, which is refused by name")
     artifact = run(spread(tiny(family)), tiny_tokenizer, text)
     assert {p.kind for p in artifact.packed.values()} == {"float_linear"}
@@ -313,8 +314,8 @@ def test_blocks_of_the_demo_model_lose_less_than_by_abs_max(shared_path):
     seen, held_out = (windows(loaded.tokenizer, read[n], 4, 512) for n in ("valid.txt", "test.txt"))
     inputs = calibrate(model, held_out, {TokenSample}, names)
     errors = {}
-    for search in ("joint", "absmax"):
-        method, working = FP4(search=search, shift=search == "joint"), twin(model)
+    for rule in ("joint", "absmax"):
+        method, working = FP4(search=rule, shift=rule == "joint"), twin(model)
         choices = method.fold(working, calibrate(working, seen, method.fold_needs(), names))
         layers = {n: linears(working)[n] for n in names}
         plans = method.plan(layers, calibrate(working, seen, method.needs(), names), choices)
@@ -324,7 +325,7 @@ def test_blocks_of_the_demo_model_lose_less_than_by_abs_max(shared_path):
             choice = choices.of(name)
             moved = x if choice.input_shift is not None else choice.found.input.shifted(x)
             found = build(method.apply(layer, plans[name]))(moved)
-            errors[search, name] = float((found - expected).square().sum() / expected.square().sum())
+            errors[rule, name] = float((found - expected).square().sum() / expected.square().sum())
     better = [errors["joint", n] < errors["absmax", n] for n in names]
     assert sum(better) >= 0.9 * len(better)
     assert sum(errors["joint", n] for n in names) < 0.5 * sum(errors["absmax", n] for n in names)
