@@ -320,12 +320,16 @@ def test_blocks_of_the_demo_model_lose_less_than_by_abs_max(shared_path):
         layers = {n: linears(working)[n] for n in names}
         plans = method.plan(layers, calibrate(working, seen, method.needs(), names), choices)
         for name, layer in layers.items():
-            x = inputs.value(name, TokenSample)
-            expected = x @ model.get_submodule(name).weight.detach().T
-            choice = choices.of(name)
-            moved = x if choice.input_shift is not None else choice.found.input.shifted(x)
-            found = build(method.apply(layer, plans[name]))(moved)
+            x, original = inputs.value(name, TokenSample), model.get_submodule(name).weight.detach()
+            choice, largest = choices.of(name), original.abs().argmax(1, keepdim=True)
+            given, weight = choice.found.input, layer.weight.detach()
+            if choice.input_shift is None and given.shift is not None:
+                x, weight = given.shifted(x), weight * torch.exp2(given.shift)
+            # What a fold behind this linear asked of its rows.
+            power = (weight / original).gather(1, largest).squeeze(1)
+            expected = inputs.value(name, TokenSample) @ original.T
+            found = build(method.apply(layer, plans[name]))(x) / power
             errors[rule, name] = float((found - expected).square().sum() / expected.square().sum())
     better = [errors["joint", n] < errors["absmax", n] for n in names]
-    assert sum(better) >= 0.9 * len(better)
+    assert sum(better) >= 0.9 * len(better), {n: (errors["joint", n], errors["absmax", n]) for n in names}
     assert sum(errors["joint", n] for n in names) < 0.5 * sum(errors["absmax", n] for n in names)
