@@ -47,6 +47,12 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "mxfp4": ("mxfp4", [], None),
     "w8a8": ("w8a8", [], None),
     "fp8": ("fp8", [], None),
+    "llm-fp4 absmax": ("llm-fp4", ["fp4.search=absmax", "fp4.shift=false"], None),
+    "llm-fp4": ("llm-fp4", [], "llm-fp4 absmax"),
+    "llm-fp4 without shift": ("llm-fp4", ["fp4.shift=false"], "llm-fp4"),
+    "llm-fp4, inputs by abs-max": ("llm-fp4", ["fp4.search=weights"], "llm-fp4"),
+    "llm-fp4 rows": ("llm-fp4", ["fp4.block=null"], "llm-fp4"),
+    "llm-fp4 W4A8": ("llm-fp4", ["fp4.activation_bits=8"], "llm-fp4"),
 }
 
 

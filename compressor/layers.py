@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels import activations as act
-from compressor.kernels import fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear
+from compressor.kernels import float_linear, fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear
 
 
 @dataclass
@@ -159,6 +159,37 @@ class FP8Linear(QuantLinear):
         return fp8_linear.dequantize(self.stored("weight"), self.stored("weight_scale"))
 
 
+class FloatLinear(QuantLinear):
+    def call(self, x: Tensor) -> Tensor:
+        return float_linear.float_linear(
+            x,
+            self.stored("weight_packed"),
+            self.stored("weight_scale"),
+            self.optional("weight_global_scale"),
+            self.optional("input_scale"),
+            self.optional("input_shift"),
+            self.optional("bias"),
+            self.attributes["format"],
+            self.attributes["activations"],
+        )
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return act.quantize(
+            x,
+            self.attributes["activations"],
+            input_scale=self.optional("input_scale"),
+            input_shift=self.optional("input_shift"),
+        )
+
+    def dequantize(self) -> Tensor:
+        return float_linear.dequantize(
+            self.stored("weight_packed"),
+            self.stored("weight_scale"),
+            self.optional("weight_global_scale"),
+            self.attributes["format"],
+        )
+
+
 class QuantEmbedding(QuantModule):
     """A token table [V, K]; out_features is V, in_features is K. `multiplier` scales every row (Gemma 3)."""
 
@@ -211,6 +242,7 @@ LAYERS: dict[str, type[QuantModule]] = {
     "fp4_linear": FP4Linear,
     "int_linear": IntLinear,
     "fp8_linear": FP8Linear,
+    "float_linear": FloatLinear,
     "fp4_embedding": FP4Embedding,
     "int_embedding": IntEmbedding,
 }

@@ -21,14 +21,15 @@ from compressor.exporters.onnx_nodes import (
     DOMAIN,
     FLOAT,
     FLOAT8E4M3FN,
+    FLOAT8E5M2,
     INPUTS,
     INT8,
     INT32,
     OPSET,
     OPTIONAL,
 )
-from compressor.kernels.activations import STATIC_BITS, TOKEN_BITS
-from compressor.kernels.codec import E2M1_MAX, E2M1_VALUES, E4M3_MAX
+from compressor.kernels.activations import STATIC_BITS, STATIC_FLOATS, TOKEN_BITS
+from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOATS, Float
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,10 +83,20 @@ def _matmul(op: Body, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> i
     return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), [-1], axis=0))
 
 
-def _round_e2m1(op: Body, x: ir.Value) -> ir.Value:
-    magnitude = op.Min(op.Abs(x), E2M1_MAX)
-    step = op.Where(op.Less(magnitude, 2.0), 0.5, op.Where(op.Less(magnitude, 4.0), 1.0, 2.0))
+def _round_float(op: Body, x: ir.Value, element: Float) -> ir.Value:
+    """Steps by comparing with every power of two of the format; eight bits have too many, and casts that saturate."""
+    if element.bits == 8:
+        kind = {"e4m3": FLOAT8E4M3FN, "e5m2": FLOAT8E5M2}[element.name]
+        return op.Cast(op.Cast(x, to=kind), to=FLOAT)
+    magnitude = op.Min(op.Abs(x), element.top)
+    step: Any = 2.0 ** (element.lowest - element.mantissa)
+    for exponent in range(element.lowest + 1, element.lowest + 2**element.exponent - 1):
+        step = op.Where(op.Less(magnitude, 2.0**exponent), step, 2.0 ** (exponent - element.mantissa))
     return op.Mul(op.Mul(op.Round(op.Div(magnitude, step)), step), op.Sign(x))
+
+
+def _round_e2m1(op: Body, x: ir.Value) -> ir.Value:
+    return _round_float(op, x, E2M1)
 
 
 def _to_e4m3(op: Body, x: ir.Value) -> ir.Value:
@@ -227,6 +238,31 @@ def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
 
 
+def _float_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    x, element, rule = v["x"], FLOATS[a["format"]], a["activations"]
+    if v["input_shift"] is not None:
+        powers = np.exp2(np.arange(32, dtype=np.float32))
+        x = op.Mul(x, op.Gather(powers, op.Cast(v["input_shift"], to=INT32)))
+    if rule != "none":
+        x = op.Mul(_round_float(op, op.Div(x, v["input_scale"]), STATIC_FLOATS[rule]), v["input_scale"])
+    values = _float_values(op, v["weight_packed"], element)
+    if not a["block_size"]:
+        return _matmul(op, x, op.Mul(values, v["weight_scale"]), v["bias"])
+    step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
+    blocks = op.Reshape(values, [0, -1, a["block_size"]])
+    return _matmul(op, x, _flat(op, op.Mul(blocks, op.Unsqueeze(step, [-1]))), v["bias"])
+
+
+def _float_values(op: Body, packed: ir.Value, element: Float) -> ir.Value:
+    """uint8 [N, K*b/8] -> float32 [N, K]; six bits as a word of three bytes, four codes."""
+    if element.bits != 6:
+        return _flat(op, _lookup(op, packed, element.values))
+    groups = op.Cast(op.Reshape(packed, [0, -1, 3]), to=INT32)
+    word = op.ReduceSum(op.Mul(groups, np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
+    codes = op.Mod(op.Div(word, np.array([1, 1 << 6, 1 << 12, 1 << 18], np.int32)), np.array([64], np.int32))
+    return _flat(op, op.Gather(np.array(element.values, np.float32), codes))
+
+
 def _fp4_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     ids = op.Reshape(v["ids"], [-1])
     codes = op.Gather(v["weight_scale"], ids)  # bytes: Gather takes no float8, and only rows in use are decoded
@@ -248,6 +284,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "FP4Linear": _fp4_linear,
     "IntLinear": _int_linear,
     "FP8Linear": _fp8_linear,
+    "FloatLinear": _float_linear,
     "FP4Embedding": _fp4_embedding,
     "IntEmbedding": _int_embedding,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from compressor.kernels.codec import FORMATS
+from compressor.kernels.codec import FLOATS, FORMATS
 
 DOMAIN = "ai.compressor"
 VERSION = 1
@@ -22,19 +22,29 @@ INPUTS = {
     "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
     "IntLinear": ("x", "weight", "weight_scale", "bias", "input_scale", "input_offset"),
     "FP8Linear": ("x", "weight", "weight_scale", "bias"),
+    "FloatLinear": (
+        "x",
+        "weight_packed",
+        "weight_scale",
+        "weight_global_scale",
+        "input_scale",
+        "input_shift",
+        "bias",
+    ),
     "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
 }
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
-OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset"}
+OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
     "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
     "FP8Linear": ("activations",),
+    "FloatLinear": ("format", "activations", "block_size"),
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
 }
-FLOAT, INT8, INT32, FLOAT8E4M3FN = 1, 3, 6, 17  # onnx.TensorProto
+FLOAT, INT8, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 3, 6, 17, 19  # onnx.TensorProto
 TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]
 
 
@@ -50,13 +60,21 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """torch op -> the function that emits its node, for `torch.onnx.export(custom_translation_table=…)`."""
     import torch
 
-    from compressor.kernels import fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear  # noqa: F401  (they register the ops)
+    from compressor.kernels import (  # noqa: F401  (they register the ops)
+        float_linear,
+        fp4_embedding,
+        fp4_linear,
+        fp8_linear,
+        int_embedding,
+        int_linear,
+    )
 
     ops = torch.ops.compressor
     return {
         ops.fp4_linear.default: _emit_fp4_linear,
         ops.int_linear.default: _emit_int_linear,
         ops.fp8_linear.default: _emit_fp8_linear,
+        ops.float_linear.default: _emit_float_linear,
         ops.fp4_embedding.default: _emit_fp4_embedding,
         ops.int_embedding.default: _emit_int_embedding,
     }
@@ -150,6 +168,27 @@ def _emit_int_linear(
 
 def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str) -> Any:
     return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), {"activations": activations})
+
+
+def _emit_float_linear(
+    x: Any,
+    weight_packed: Any,
+    weight_scale: Any,
+    weight_global_scale: Any,
+    input_scale: Any,
+    input_shift: Any,
+    bias: Any,
+    format: str,
+    activations: str,
+) -> Any:
+    block, scale = 0, weight_scale
+    if weight_global_scale is None:
+        scale = _float(weight_scale)
+    else:
+        block = weight_packed.shape[1] * 8 // FLOATS[format].bits // weight_scale.shape[1]
+    attributes = {"format": format, "activations": activations, "block_size": block}
+    inputs = (x, weight_packed, scale, weight_global_scale, input_scale, input_shift, _float(bias))
+    return _emit("FloatLinear", inputs, attributes)
 
 
 def _emit_fp4_embedding(ids: Any, weight_packed: Any, weight_scale: Any, weight_global_scale: Any, format: str) -> Any:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from compressor.kernels import codec
 
-ACTIVATIONS = ("none", "nvfp4", "mxfp4", "int8", "int6", "int8_static", "int6_static", "fp8")
+# Float rule -> format of its codes; one stored scale for all tokens.
+STATIC_FLOATS = {f"{name}_static": format for name, format in codec.FLOATS.items()}
+ACTIVATIONS = ("none", "nvfp4", "mxfp4", "int8", "int6", "int8_static", "int6_static", "fp8", *STATIC_FLOATS)
 # Integer rule -> bits of its codes; one scale for all tokens, or one for each.
 STATIC_BITS = {"int8_static": 8, "int6_static": 6}
 TOKEN_BITS = {"int8": 8, "int6": 6}
@@ -27,14 +29,18 @@ def quantize(
     four_over_six: bool = False,
     input_scale: Tensor | None = None,
     input_offset: Tensor | None = None,
+    input_shift: Tensor | None = None,
 ) -> Tensor:
-    """Apply one rule of ACTIVATIONS, to x - input_offset where there is an offset [K] (under rule "none" too).
+    """Apply one rule of ACTIVATIONS, under rule "none" too to x - input_offset where there is an offset [K], or to
+    2^input_shift x where there is a shift, int8 [K].
 
     `nvfp4` needs the float32 [1] divisor `input_global_scale`, the static rules the multiplier `input_scale` [1].
     """
     x = x.float()
     if input_offset is not None:
         x = x - input_offset.float()
+    if input_shift is not None:
+        x = x * codec.e8m0_values(input_shift.int() + 127)
     if rule == "none":
         return x
     if rule == "nvfp4":
@@ -43,6 +49,9 @@ def quantize(
     if rule in STATIC_BITS:
         assert input_scale is not None
         return int_with(x, input_scale.float(), STATIC_BITS[rule])
+    if rule in STATIC_FLOATS:
+        assert input_scale is not None
+        return float_with(x, input_scale.float(), STATIC_FLOATS[rule])
     if rule in TOKEN_BITS:
         return int_per_token(x, TOKEN_BITS[rule])
     return {"mxfp4": mxfp4, "fp8": fp8_per_token}[rule](x)
@@ -86,6 +95,11 @@ def int_with(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """A given step, broadcast against x; what lies outside of [-2^(b-1), 2^(b-1) - 1] steps is clipped."""
     top = 2 ** (bits - 1)
     return torch.round(x / step).clamp(-top, top - 1) * step
+
+
+def float_with(x: Tensor, step: Tensor, format: codec.Float) -> Tensor:
+    """A given step, broadcast against x; what lies beyond the format's largest value is clipped."""
+    return codec.round_float(x / step, format) * step
 
 
 def fp8_per_token(x: Tensor) -> Tensor:

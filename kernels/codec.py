@@ -13,15 +13,70 @@ even k in the low nibble. Sources: OCP Microscaling v1.0 (E2M1, E8M0), the compr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-# The code is sign << 3 | index; minus zero (code 8) is never written.
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+@dataclass(frozen=True)
+class Float:
+    """A float of few bits: sign, E exponent bits with bias 2^(E-1) - 1, M mantissa bits, subnormals; `top` its largest.
+
+    The code is sign << (bits - 1) | index; minus zero is never written.
+    """
+
+    name: str
+    exponent: int
+    mantissa: int
+    top: float
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def lowest(self) -> int:
+        """The exponent of its smallest normal value."""
+        return 2 - 2 ** (self.exponent - 1)
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        """Values of index 0, 1, … up to `top`."""
+        ones = 1 << self.mantissa
+        found = []
+        for index in range(1 << (self.exponent + self.mantissa)):
+            binade, fraction = divmod(index, ones)
+            exponent = self.lowest + max(binade, 1) - 1 - self.mantissa
+            found.append(math.ldexp(fraction + (ones if binade else 0), exponent))
+        return tuple(v for v in found if v <= self.top)
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """Of every code; NaN for those that E4M3 and E5M2 keep for Inf and NaN."""
+        half = self.magnitudes
+        half += (math.nan,) * ((1 << (self.bits - 1)) - len(half))
+        return half + tuple(-v for v in half)
+
+
+# The first of each width is what is used where nothing is searched. E1M2 is INT4 in [-7, 7], times 1/2.
+FLOATS = {
+    f.name: f
+    for f in (
+        Float("e2m1", 2, 1, 6.0),
+        Float("e3m0", 3, 0, 16.0),
+        Float("e1m2", 1, 2, 3.5),
+        Float("e3m2", 3, 2, 28.0),
+        Float("e2m3", 2, 3, 7.5),
+        Float("e4m3", 4, 3, 448.0),  # E4M3FN: no Inf, one NaN
+        Float("e5m2", 5, 2, 57344.0),
+    )
+}
+E2M1 = FLOATS["e2m1"]
+E2M1_MAX, E2M1_VALUES = E2M1.top, E2M1.magnitudes
+E4M3_MAX = FLOATS["e4m3"].top
 
 
 @dataclass(frozen=True)
@@ -49,28 +104,43 @@ FORMATS = {
 }
 
 
-# --- E2M1 -------------------------------------------------------------------------------------------
+# --- floats of few bits ------------------------------------------------------------------------------
+
+
+def round_float(x: Tensor, format: Float) -> Tensor:
+    """The nearest value of the format, float32, ties to an even multiple of the step, saturating. Any shape."""
+    x = x.float().clamp(-format.top, format.top)
+    # The step is 2^-M times the power of two at or below |x|, which its exponent bits alone spell.
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**format.lowest)
+    step = power.mul_(2.0**-format.mantissa)
+    return (x / step).round_().mul_(step)
+
+
+def float_codes(values: Tensor, format: Float) -> Tensor:
+    """Codes (uint8) of values that already lie on the format's grid."""
+    grid = torch.tensor(format.magnitudes, device=values.device)
+    index = torch.bucketize(values.abs(), grid).to(torch.uint8)
+    return index | ((values < 0).to(torch.uint8) << (format.bits - 1))
+
+
+def float_values(codes: Tensor, format: Float) -> Tensor:
+    """float32 values of codes (uint8)."""
+    return torch.tensor(format.values, device=codes.device)[codes.int()]
 
 
 def round_e2m1(x: Tensor) -> Tensor:
     """The nearest E2M1 value of each element, float32, saturating at ±6. Any shape."""
-    x = x.float().clamp(-E2M1_MAX, E2M1_MAX)
-    # The step is half the power of two at or below |x|, which its exponent bits alone spell, and 0.5 below 1.
-    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(0.5)
-    return (x / step).round_().mul_(step)
+    return round_float(x, E2M1)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:
     """4-bit codes (uint8) of values that already lie on the E2M1 grid."""
-    grid = torch.tensor(E2M1_VALUES, device=values.device)
-    index = torch.bucketize(values.abs(), grid).to(torch.uint8)
-    return index | ((values < 0).to(torch.uint8) << 3)
+    return float_codes(values, E2M1)
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
     """float32 values of 4-bit codes (uint8)."""
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
-    return table[codes.int()]
+    return float_values(codes, E2M1)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -83,6 +153,29 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [N, K] of 4, 6 or 8 bits -> uint8 [N, K*b/8]: element k from bit k*b of the row, little endian.
+
+    K must be divisible by 2 for 4 bits and by 4 for 6, where four codes share three bytes.
+    """
+    if bits == 8:
+        return codes
+    if bits == 4:
+        return pack_nibbles(codes)
+    a, b, c, d = codes.unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), dim=-1).flatten(-2)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [N, K*b/8] -> uint8 codes [N, K]."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return unpack_nibbles(packed)
+    a, b, c = packed.unflatten(-1, (-1, 3)).unbind(-1)
+    return torch.stack((a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2), dim=-1).flatten(-2)
+
+
 # --- scales -----------------------------------------------------------------------------------------
 
 
@@ -91,14 +184,14 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def nvfp4_weight_divisor(amax: Tensor) -> Tensor:
-    """The float32 [1] `weight_global_scale`: 448 * 6 / amax rounded DOWN to a power of two.
+def nvfp4_weight_divisor(amax: Tensor, top: float = E2M1_MAX) -> Tensor:
+    """The float32 [1] `weight_global_scale`: 448 * top / amax rounded DOWN to a power of two.
 
     Then scale / divisor and code * scale / divisor are exact even in bf16, so runtimes that load the divisor or
     decode in bf16 get the same weights bit for bit, and no block scale saturates. The price is at most one of
     E4M3's fifteen binades, at the bottom, which weights do not reach.
     """
-    return _truncated_divisor(amax, 0x7F800000)
+    return _truncated_divisor(amax, 0x7F800000, top)
 
 
 def nvfp4_input_divisor(amax: Tensor) -> Tensor:
@@ -106,11 +199,11 @@ def nvfp4_input_divisor(amax: Tensor) -> Tensor:
 
     Activations do reach the bottom of E4M3 (one massive token sets amax), so no whole binade is given away.
     """
-    return _truncated_divisor(amax, 0x7FFF0000)
+    return _truncated_divisor(amax, 0x7FFF0000, E2M1_MAX)
 
 
-def _truncated_divisor(amax: Tensor, mask: int) -> Tensor:
-    scale = (E4M3_MAX * E2M1_MAX / amax.float()).reshape(1)
+def _truncated_divisor(amax: Tensor, mask: int, top: float) -> Tensor:
+    scale = (E4M3_MAX * top / amax.float()).reshape(1)
     truncated = (scale.view(torch.int32) & mask).view(torch.float32)
     return torch.where(truncated.isfinite() & (truncated > 0), truncated, torch.ones_like(truncated))
 

@@ -28,6 +28,82 @@ def test_e2m1_codes_are_golden():
     assert codec.e2m1_values(codes)[9:].tolist() == [-0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
+GOLDEN = {  # magnitudes by code
+    "e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6],
+    "e3m0": [0, 0.25, 0.5, 1, 2, 4, 8, 16],
+    "e1m2": [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5],
+    "e2m3": [*(i / 8 for i in range(16)), *(i / 4 for i in range(8, 16)), *(i / 2 for i in range(8, 16))],
+    "e3m2": [
+        *(i / 16 for i in range(8)),
+        *(i * 2.0**e for e in range(-3, 3) for i in range(4, 8)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_float_codebooks_are_golden(name):
+    """FP4 has 15 distinct values, FP6 63: two zeros, no Inf and no NaN."""
+    element, half = codec.FLOATS[name], GOLDEN[name]
+    assert list(element.magnitudes) == half and element.values == (*half, *(-v for v in half))
+    assert max(half) == element.top and len({*element.values}) == 2**element.bits - 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+def test_eight_bit_codes_are_those_of_torch(name, dtype):
+    element, codes = codec.FLOATS[name], torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(dtype).float()
+    finite = expected.isfinite()
+    found = codec.float_values(codes, element)
+    assert torch.equal(found[finite], expected[finite]) and found[~finite].isnan().all()
+    assert element.top == torch.finfo(dtype).max
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, 6, 100_000, 2.0)
+    clipped = x.clamp(-element.top, element.top)
+    assert torch.equal(codec.round_float(x, element), clipped.to(dtype).float())
+    written = codec.float_codes(codec.round_float(x, element), element)
+    assert torch.equal(codec.float_values(written, element), clipped.to(dtype).float())
+    assert 128 not in written  # minus zero
+
+
+@pytest.mark.parametrize("name", codec.FLOATS)
+def test_floats_round_to_nearest_and_saturate(name):
+    element = codec.FLOATS[name]
+    grid = torch.tensor(element.magnitudes)
+    x = torch.cat((torch.linspace(0, 8 * grid[1], 4001), torch.linspace(0, element.top, 4001)))
+    rounded = codec.round_float(x, element)
+    assert torch.equal((x - rounded).abs(), (x[:, None] - grid).abs().amin(-1))
+    assert torch.equal(codec.round_float(rounded, element), rounded)
+    assert torch.equal(codec.round_float(-x, element), -rounded)
+    assert codec.round_float(torch.tensor([2 * element.top, -1e30]), element).tolist() == [element.top, -element.top]
+    codes = codec.float_codes(grid, element)
+    assert codes.tolist() == list(range(len(grid))) and torch.equal(codec.float_values(codes, element), grid)
+
+
+def test_float_ties_go_to_even_multiples_of_the_step():
+    for name, ties, expected in (
+        ("e3m0", [0.125, 0.375, 0.75, 1.5, 12.0], [0.0, 0.5, 1.0, 2.0, 16.0]),
+        ("e1m2", [0.25, 0.75, 1.25, 3.25], [0.0, 1.0, 1.0, 3.0]),
+        ("e3m2", [0.03125, 1.125, 1.375, 26.0], [0.0, 1.0, 1.5, 24.0]),
+        ("e2m3", [0.0625, 2.125, 2.375, 7.25], [0.0, 2.0, 2.5, 7.0]),
+    ):
+        assert codec.round_float(torch.tensor(ties), codec.FLOATS[name]).tolist() == expected
+
+
+def test_e1m2_is_symmetric_int4():
+    x = torch.linspace(-12, 12, 5001)
+    assert torch.equal(codec.round_float(x / 2, codec.FLOATS["e1m2"]) * 2, torch.round(x).clamp(-7, 7))
+
+
+def test_six_bit_codes_share_three_bytes():
+    codes = torch.tensor([[0b000001, 0b100010, 0b011011, 0b111100]], dtype=torch.uint8)
+    packed = codec.pack_codes(codes, 6)
+    word = 1 | 0b100010 << 6 | 0b011011 << 12 | 0b111100 << 18
+    assert packed.tolist() == [list(word.to_bytes(3, "little"))]
+    for bits in (4, 6, 8):
+        every = torch.arange(256).remainder(2**bits).to(torch.uint8).view(8, 32)
+        packed = codec.pack_codes(every.flip(1), bits)
+        assert packed.shape == (8, 32 * bits // 8) and torch.equal(codec.unpack_codes(packed, bits), every.flip(1))
+
+
 def test_nibbles_put_even_k_low():
     codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)
     packed = codec.pack_nibbles(codes)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from compressor.exporters import onnx_functions, onnx_nodes
 from compressor.kernels import codec
+from compressor.kernels.activations import STATIC_FLOATS
+from compressor.kernels.float_linear import float_linear
 from compressor.kernels.fp4_embedding import fp4_embedding
 from compressor.kernels.fp4_linear import fp4_linear
 from compressor.kernels.fp8_linear import fp8_linear
@@ -240,6 +242,50 @@ def test_fp8(rule: str) -> None:
         runner("FP8Linear", {"activations": rule}, {"weight": values, "weight_scale": scale, "bias": bias}),
         lambda x: fp8_linear(x, values, scale, bias, rule),
     )
+
+
+def floats(format: str, rule: str, weight: Tensor, block: int, shift: Tensor | None, bias: Tensor | None) -> Any:
+    """(ours, the op) on `weight` [N, K] in blocks, or in rows (0), and an input scale that is no power of two."""
+    element = codec.FLOATS[format]
+    blocks = codec.blocks_of(weight, block or K)
+    amax = blocks.abs().amax(-1)
+    if block:
+        divisor = codec.nvfp4_weight_divisor(weight.abs().amax(), element.top)
+        scale = codec.to_e4m3(codec.nvfp4_block_scale(amax, divisor, element.top))
+        step = scale.float() / divisor
+    else:
+        scale, divisor = amax / element.top, None
+        step = scale
+    codes = codec.float_codes(codec.round_float(blocks / step.unsqueeze(-1), element).flatten(-2), element)
+    packed = codec.pack_codes(codes, element.bits)
+    given = None if rule == "none" else torch.tensor([0.37])
+    attributes = {"format": format, "activations": rule, "block_size": block}
+    tensors = {
+        "weight_packed": packed,
+        "weight_scale": scale,
+        "weight_global_scale": divisor,
+        "input_scale": given,
+        "input_shift": shift,
+        "bias": bias,
+    }
+    ours = runner("FloatLinear", attributes, tensors)
+    return ours, lambda x: float_linear(x, packed, scale, divisor, given, shift, bias, format, rule)
+
+
+@pytest.mark.parametrize("rule", ["none", *STATIC_FLOATS])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_static_floats_have_the_same_bits(rule: str, shifted: bool) -> None:
+    shift = torch.arange(K).remainder(32).to(torch.int8) if shifted else None
+    same_bits(*floats("e2m1", rule, torch.eye(K) * 6, 0, shift, None))
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("format", codec.FLOATS)
+def test_floats_multiply(format: str, block: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(N, K) * torch.exp2(torch.randn(N, 1) * 4)
+    close(*floats(format, "none", weight, block, torch.arange(K).remainder(4).to(torch.int8), torch.randn(N)))
+    close(*floats(format, f"{format}_static", weight, block, None, None))
 
 
 def test_every_byte_of_a_table_is_read_right() -> None:

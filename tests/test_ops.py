@@ -5,6 +5,8 @@ import torch
 
 from compressor.kernels import activations as act
 from compressor.kernels import codec
+from compressor.kernels.float_linear import dequantize as dequantize_float
+from compressor.kernels.float_linear import float_linear
 from compressor.kernels.fp4_embedding import fp4_embedding
 from compressor.kernels.fp4_linear import dequantize as dequantize_fp4
 from compressor.kernels.fp4_linear import fp4_linear
@@ -86,6 +88,50 @@ def test_six_bits_per_token_use_both_ends():
     assert act.quantize(x, "int6").tolist() == [[31.0, -32.0, 1.0]]
 
 
+def float_tensors(rng, format, blocks):
+    """(packed, scale, divisor) of random finite codes."""
+    element = codec.FLOATS[format]
+    codes = torch.randint(0, len(element.magnitudes), (N, K), generator=rng)
+    codes += torch.randint(0, 2, (N, K), generator=rng) << (element.bits - 1)
+    packed = codec.pack_codes(codes.to(torch.uint8), element.bits)
+    if not blocks:
+        return packed, torch.rand(N, 1, generator=rng).add(0.5).bfloat16(), None
+    return packed, torch.rand(N, K // 16, generator=rng).mul(400).add(1).to(torch.float8_e4m3fn), torch.tensor([64.0])
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("format", codec.FLOATS)
+def test_float_weights_decode_by_hand(rng, format, blocks):
+    """Bit strings read with Python's integers, and every code by the definition of a float."""
+    packed, scale, divisor = float_tensors(rng, format, blocks)
+    found = dequantize_float(packed, scale, divisor, format)
+    e, m = int(format[1]), int(format[3])
+    for n in range(N):
+        row = int.from_bytes(bytes(packed[n].tolist()), "little")
+        for k in range(K):
+            code = row >> (k * (1 + e + m)) & (2 ** (1 + e + m) - 1)
+            sign, binade, fraction = code >> (e + m), code >> m & (2**e - 1), code & (2**m - 1)
+            bias = 2 ** (e - 1) - 1
+            value = (fraction / 2**m + bool(binade)) * 2.0 ** (max(binade, 1) - bias)
+            step = float(scale[n, k // 16]) / 64.0 if blocks else float(scale[n, 0])
+            assert found[n, k].item() == pytest.approx((-value if sign else value) * step, rel=1e-6)
+
+
+def test_float_linear_shifts_rounds_multiplies_and_adds(rng):
+    packed, scale, divisor = float_tensors(rng, "e2m3", True)
+    x, bias = torch.randn(2, 3, K, generator=rng), torch.randn(N, generator=rng)
+    shift = torch.randint(0, 6, (K,), generator=rng).to(torch.int8)
+    step, dense = torch.tensor([0.3]), dequantize_float(packed, scale, divisor, "e2m3")
+    moved = x * 2.0 ** shift.float()
+    y = float_linear(x, packed, scale, divisor, None, shift, bias, "e2m3", "none")
+    assert torch.allclose(y, moved @ dense.T + bias, rtol=1e-5, atol=1e-3)
+    rounded = codec.round_float(moved / step, codec.FLOATS["e3m0"]) * step
+    y = float_linear(x, packed, scale, divisor, step, shift, bias, "e2m3", "e3m0_static")
+    assert torch.allclose(y, rounded @ dense.T + bias, rtol=1e-5, atol=1e-3)
+    half = float_linear(x.bfloat16(), packed, scale, divisor, step, None, None, "e2m3", "e4m3_static")
+    assert half.dtype == torch.bfloat16 and half.shape == (2, 3, N)
+
+
 def test_fp4_embedding_on_golden_bytes():
     # Row 0: codes 1..8 twice, low nibble first. Row 1: +6 and -6 alternating. Row 2: 0.5 and -0.5.
     packed = torch.tensor([[0x21, 0x43, 0x65, 0x87] * 2, [0xF7] * 8, [0x91] * 8], dtype=torch.uint8).repeat(1, 2)
@@ -109,7 +155,7 @@ def test_fp4_embedding_on_golden_bytes():
     assert fp4_embedding(ids[:, :0], packed, exponents, None, "mxfp4").shape == (2, 0, 32)
 
 
-OPS = ["fp4", "int8", "static", "fp8", "embedding", "fp4 embedding nvfp4", "fp4 embedding mxfp4"]
+OPS = ["fp4", "int8", "static", "fp8", "float", "embedding", "fp4 embedding nvfp4", "fp4 embedding mxfp4"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -129,6 +175,10 @@ def test_registrations_are_consistent(rng, op):
     elif op == "fp8":
         weight = torch.randn(N, K, generator=rng).to(torch.float8_e4m3fn)
         args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear
+    elif op == "float":
+        shift, rule = torch.ones(K, dtype=torch.int8), "e3m0_static"
+        args = (x, *float_tensors(rng, "e3m2", True), torch.tensor([0.5]), shift, None, "e3m2", rule)
+        function = float_linear
     elif op.startswith("fp4 embedding"):
         format, ids = op.rpartition(" ")[2], torch.randint(0, N, (2, 3), generator=rng)
         args, function = (ids, *fp4_tensors(rng, format), format), fp4_embedding

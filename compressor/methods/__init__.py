@@ -18,9 +18,16 @@ A method can be both: then `fold` sees all windows and returns decisions, and th
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
 from compressor.methods.smooth import Smooth
 
-METHODS = {"quantize": Quantize, "mixed_bits": MixedBits, "outlier_tune": OutlierTune, "smooth": Smooth}
+METHODS = {
+    "quantize": Quantize,
+    "mixed_bits": MixedBits,
+    "outlier_tune": OutlierTune,
+    "fp4": FP4,
+    "smooth": Smooth,
+}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "int4": lambda x: torch.round(x).clamp_(-8, 7),
     "int6": lambda x: torch.round(x).clamp_(-32, 31),
     "int8": lambda x: torch.round(x).clamp_(-128, 127),
+    **{name: partial(codec.round_float, format=element) for name, element in codec.FLOATS.items()},
 }
 
 
@@ -38,7 +40,10 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """step [N, B] float32, positive, exactly as decoded from what is stored; divisor: nvfp4's global scale [1]."""
+    """step [N, B] float32, positive, exactly as decoded from what is stored.
+
+    divisor: the global scale [1] of nvfp4, and of floats in blocks.
+    """
 
     format: str
     step: Tensor
@@ -68,6 +73,13 @@ class Grid:
         if self.format == "mxfp4":
             exponent = (torch.log2(self.step) + 127).round().to(torch.uint8)
             return {"weight_packed": codec.pack_nibbles(codec.e2m1_codes(codes)), "weight_scale": exponent}
+        if self.format in codec.FLOATS:
+            element = codec.FLOATS[self.format]
+            packed = codec.pack_codes(codec.float_codes(codes, element), element.bits)
+            if self.divisor is None:
+                return {"weight_packed": packed, "weight_scale": self.step.bfloat16()}
+            scale = codec.to_e4m3(self.step * self.divisor)
+            return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": self.divisor}
         if self.format == "fp8":
             return {"weight": codec.to_e4m3(codes), "weight_scale": self.step.bfloat16()}
         if not words:

@@ -22,6 +22,8 @@ E4M3_STEPS = tuple(range(-8, 7))
 E8M0_STEPS = (-1, 1)
 # Multiples of the abs-max scale for integer and FP8 formats, whose scales are bf16.
 RATIOS = tuple(1.0 - 0.025 * i for i in range(1, 21))
+# The same of floats, whose steps grow with their values: eighths of an octave, the abs-max one first.
+FLOAT_RATIOS = (1.0, *(2.0 ** (-i / 8) for i in range(-2, 25) if i))
 
 CHUNK_ELEMENTS = 1 << 18  # keeps the working set of one chunk in the cache: 1.5 times as fast as 2 M
 
@@ -39,7 +41,7 @@ def choose(
     weight      [N, K] float32;  group_size  divides K, None: one scale a row
     importance  [K] float32 or None, used by rule "weighted"
     rule        "absmax" | "four_over_six" (nvfp4: the largest value of a block on 6 or on 4) | "mse" | "weighted"
-    divisor     [1] float32, the global scale of nvfp4
+    divisor     [1] float32, the global scale of nvfp4 and of floats in blocks
     """
     blocks = codec.blocks_of(weight, group_size or weight.shape[1])
     h = importance.reshape(blocks.shape[1:]) if importance is not None and rule == "weighted" else None
@@ -55,9 +57,8 @@ def candidates(format: str, blocks: Tensor, rule: str, divisor: Tensor | None) -
     """Steps [N, B] that the format can store for blocks [N, B, G], the abs-max one first."""
     amax = blocks.abs().amax(-1)
     searched = rule in ("mse", "weighted")
-    if format == "nvfp4":
-        assert divisor is not None
-        base = codec.nvfp4_block_scale(amax, divisor)
+    if divisor is not None:
+        base = codec.nvfp4_block_scale(amax, divisor, codec.FLOATS["e2m1" if format == "nvfp4" else format].top)
         yield base / divisor
         if rule == "four_over_six":
             yield codec.nvfp4_block_scale(amax, divisor, top=4.0) / divisor
@@ -70,6 +71,10 @@ def candidates(format: str, blocks: Tensor, rule: str, divisor: Tensor | None) -
         exponent = codec.mxfp4_block_exponent(amax).int()
         for d in (0, *E8M0_STEPS) if searched else (0,):
             yield codec.e8m0_values((exponent + d).clamp(1, 254))
+    elif format in codec.FLOATS:
+        base = _positive(amax / codec.FLOATS[format].top)
+        for ratio in FLOAT_RATIOS if searched else (1.0,):
+            yield (base * ratio).bfloat16().float()
     else:
         # An integer's abs-max scale uses both ends of the two's complement range.
         top = codec.E4M3_MAX if format == "fp8" else (1 << (codec.FORMATS[format].bits - 1)) - 0.5
