@@ -230,7 +230,7 @@ def test_a_recipe_with_an_unknown_choice_says_where(tiny):
 
 
 def test_rounded_inputs_count(tiny):
-    """With inputs rounded alike, the layer whose input four bits spoil gets the eight, though its weights do not ask."""
+    """With inputs rounded alike, the layer whose input four bits spoil gets eight, though its weights do not ask."""
     model = tiny("llama")
     layers = linears(model)
     calibration = calibrate(model, WINDOWS, {ChannelSquare, BlockNoise})

@@ -65,6 +65,9 @@ class Choice:
 class Choices:
     sites: tuple[Choice, ...]
 
+    def __or__(self, other: Choices) -> Choices:
+        return Choices(self.sites + other.sites)
+
     def of(self, name: str) -> Choice:
         return next(site for site in self.sites if name in site.formats)
 
