@@ -21,6 +21,13 @@ Adding a method is one file, its test and one line here.
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
+from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
 
-METHODS = {"quantize": Quantize, "mixed_bits": MixedBits, "outlier_tune": OutlierTune, "smooth": Smooth}
+METHODS = {
+    "quantize": Quantize,
+    "mixed_bits": MixedBits,
+    "outlier_tune": OutlierTune,
+    "rotate": Rotate,
+    "smooth": Smooth,
+}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compressor.calibrate import Calibration, Site
 from compressor.folds import Fold, bf16_scale, find_folds, fold_scale, fold_shift, share
-from compressor.layers import Packed
+from compressor.layers import Packed, attributes_of
 from compressor.methods import gptq, scale_search
 from compressor.methods import static_input as static
 from compressor.methods.quantize import Placement
@@ -252,14 +252,7 @@ class OutlierTune:
             bias = added if bias is None else bias.float() + added
         if bias is not None:
             tensors["bias"] = bias
-        attributes: dict[str, object] = {
-            "activations": plan.input.rule,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "padding": 0,
-            "bits": self.bits,
-            "group_size": None,
-        }
+        attributes = {"activations": plan.input.rule} | attributes_of(layer) | {"bits": self.bits, "group_size": None}
         return Packed("int_linear", tensors, attributes)
 
 
