@@ -25,7 +25,7 @@ TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
 
 @lru_cache(maxsize=256)
 def construction(order: int) -> tuple[int, ...] | None:
-    """Orders of the factors of the Kronecker product, or None where none is known here; powers of two are one factor."""
+    """Orders of the factors of the Kronecker product, powers of two as one; None where no construction gives it."""
     if order > 0 and order & (order - 1) == 0:
         return (order,)
     for small in (2, *range(12, int(order**0.5) + 1, 4)):  # doubling first: it leaves Paley's part as small as possible

@@ -58,7 +58,7 @@ def hadamard_of(layer: nn.Module) -> int:
 
 def attributes_of(layer: nn.Linear, padding: int = 0) -> dict[str, object]:
     """What every stored linear says of itself, whatever its kind; methods add the rest."""
-    rotation = {"hadamard": block} if (block := hadamard_of(layer)) else {}
+    rotation: dict[str, object] = {"hadamard": block} if (block := hadamard_of(layer)) else {}
     return {"in_features": layer.in_features, "out_features": layer.out_features, "padding": padding} | rotation
 
 

@@ -148,7 +148,8 @@ def _fold(
 ) -> Any:
     """One transform on the targeted linears that some step stores; `model` computes the same afterwards.
 
-    What no step stores gains nothing, and could not be kept with a rotated input: only our ops rotate. Means settle with few windows. A method that stores layers may fix ranges here, and sees every token.
+    What no step stores gains nothing, and could not be kept with a rotated input: only our ops rotate. Means settle
+    with few windows. A method that stores layers may fix ranges here, and sees every token.
     """
     names = [n for n in linears(model) if n in stored and _targeted(step, n)]
     needs = step.options.fold_needs()

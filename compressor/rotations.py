@@ -22,7 +22,16 @@ from compressor.blockwise import HIDDEN, Call
 from compressor.calibrate import sites
 from compressor.errors import ModelError
 from compressor.fold_probe import Probe, distance, probe
-from compressor.folds import Fold, folds_of, merge_norm, probes, random_tokens, reader_modules, renamed, replace_parameter
+from compressor.folds import (
+    Fold,
+    folds_of,
+    merge_norm,
+    probes,
+    random_tokens,
+    reader_modules,
+    renamed,
+    replace_parameter,
+)
 from compressor.hadamard import rotation
 from compressor.layers import hadamard_of
 from compressor.model import embedding_name, head_name, is_tied, untie

@@ -3,7 +3,8 @@
 What every fused kernel and every ONNX body must reproduce for the same input. Each rule equals what the
 compressed-tensors runtimes compute, except `four_over_six`, which only our own ops offer: a block may
 scale its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over
-Six", 2025), an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the model runs.
+Six", 2025), an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the
+model runs.
 All functions take x [..., K] of any float dtype and return float32 of the same shape.
 """
 
@@ -56,9 +57,9 @@ def quantize(
 def rotate(x: Tensor, block: int) -> Tensor:
     """Each block of `block` (a power of two that divides K) times H / √block, H Sylvester's Hadamard matrix.
 
-    H is symmetric, so rotating twice gives x back. float64 stays float64, all else becomes float32. The fast Walsh-Hadamard transform and not a product with a matrix,
-    because its order of additions is part of the contract: a last bit that differs between runtimes would put elements
-    on the other side of a rounding threshold.
+    H is symmetric, so rotating twice gives x back. float64 stays float64, all else becomes float32. The fast
+    Walsh-Hadamard transform and not a product with a matrix, because its order of additions is part of the contract: a
+    last bit that differs between runtimes would put elements on the other side of a rounding threshold.
     """
     y, half = x if x.dtype == torch.float64 else x.float(), block // 2
     y = y.reshape(-1, block).T  # blocks along the last dim, so that short halves are not short rows

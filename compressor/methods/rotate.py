@@ -55,7 +55,7 @@ class Rotate:
 
     @property
     def unties(self) -> bool:
-        """Whether a tied head gets a table of its own: it takes the last norm's weight, which the embedding does not."""
+        """Whether a tied head gets a table of its own: it takes the last norm's weight, the embedding does not."""
         return self.residual != "none"
 
     @property
