@@ -309,9 +309,14 @@ def test_nothing_is_folded_into_a_rotated_input(tiny):
     assert len(values) == 2 and hadamard_of(some.get_submodule(values[0].producer)) == 32
 
 
-@pytest.mark.parametrize(("formats", "pays"), [("int8", True), ("mxfp4", False)])
+def test_biases_of_writers_turn_too(tiny):
+    model = as_loaded(tiny("llama", attention_bias=True, mlp_bias=True)).model
+    assert off(rotated(model, residual="hadamard")[0], logits(model)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("formats", "pays"), [("int8", True), ("nvfp4", False)])
 def test_auto_rotates_where_that_lowers_the_error(tiny, formats, pays):
-    """An outlier that sets the step of a whole token is worth spreading, one that sets that of a block of 32 is not."""
+    """An outlier that sets the step of a whole token is worth spreading, one that sets that of a block of 16 is not."""
     changed, report = rotated(outliers(tiny("llama")), inputs=32, weights=formats, activations=formats)
     rows = report["inputs"]
     for row in rows.values():
@@ -322,18 +327,22 @@ def test_auto_rotates_where_that_lowers_the_error(tiny, formats, pays):
     assert not pays or all(row["error_after"] < 0.5 * row["error_before"] for row in norms)
 
 
-def test_the_measured_error_is_that_of_the_stored_layer(tiny):
+@pytest.mark.parametrize("activations", ["int8", "none"])
+def test_the_measured_error_is_that_of_what_is_rounded(tiny, activations):
+    """Of the inputs where they are rounded, else of the weights."""
     model = outliers(tiny("llama"))
-    _, report = rotated(model, inputs=32, weights="int8", activations="int8")
+    _, report = rotated(model, inputs=32, weights="int8", activations=activations)
     name = "model.layers.0.mlp.down_proj"
-    quantize = Quantize("int8", "int8", scales="absmax")
+    quantize = Quantize("int8", activations, scales="absmax")
     calibration = calibrate(model, IDS, {TokenSample})
     x = calibration.value(name, TokenSample)
     for working, key in ((model, "error_before"), (rotated(model, inputs=32, where="all")[0], "error_after")):
         layer = working.get_submodule(name)
         with torch.no_grad():
             y = model.get_submodule(name)(x)
-            stored = build(quantize.apply(layer, quantize.plan({name: layer}, None)[name]))(x)
+            stored = build(quantize.apply(layer, quantize.plan({name: layer}, None)[name]))
+            weight = layer.weight if activations == "int8" else stored.dequantize()
+            stored = stored.quantize_input(x) @ weight.T
         ratio = ((stored - y).square().sum(-1) / y.square().sum(-1)).mean().sqrt().item()
         assert report["inputs"][name][key] == pytest.approx(ratio, rel=1e-3)
 

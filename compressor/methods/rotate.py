@@ -28,11 +28,13 @@ from compressor.rotations import head_size, rotate_residual, rotate_values
 from compressor.statistics import Statistic, TokenSample
 
 BF16_BYTES = 2
+WHOLE = 32  # channels: whole blocks of every format
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """`where: auto` rotates the inputs that a step with `weights`, `activations`, `group_size` rounds better then."""
+    """`where: auto` rotates the inputs whose rounding then costs less; `weights`, `activations`, `group_size` are those
+    of the step that stores the layers."""
 
     residual: Literal["none", "hadamard", "random"] = "none"
     values: bool = False
@@ -102,21 +104,22 @@ class Rotate:
 
     @torch.no_grad()
     def _error(self, x: Tensor, plain: Sequence[nn.Linear], stored: Sequence[nn.Linear]) -> float:
-        """Root of the mean over linears and tokens of |y - y'|² / |y|², y' by the op on what would be stored.
+        """Root of the mean over linears and tokens of |y - y'|² / |y|², the rounding of inputs x [M, K] in y'.
 
-        x [M, K]. A mean of ratios, or the few massive tokens would be all that counts.
+        Weights are as they are: what rounding them costs in another basis is for GPTQ to make up for. Where inputs are
+        not rounded, weights are. A mean of ratios, or the few massive tokens would be all that counts.
         """
-        target = self._target()
-        block = hadamard_of(stored[0])
+        target, block = self._target(), hadamard_of(stored[0])
+        padded = nn.functional.pad(x, (0, -x.shape[1] % WHOLE))
         top = (act.rotate(x, block) if block else x).abs().amax()
-        divisor = codec.nvfp4_weight_divisor(torch.stack([m.weight.abs().amax() for m in stored]).amax())
+        rounded = act.quantize(padded, self.activations, codec.nvfp4_input_divisor(top), hadamard=block)
         errors = []
         for layer, other in zip(plain, stored, strict=True):
-            place = target.place(*layer.weight.shape)
-            if place.kept is not None:
-                return 0.0
+            weight = other.weight
+            if self.activations == "none" and (place := target.place(*weight.shape)).kept is None:
+                weight = build(target.apply(other, LayerPlan(place))).dequantize()[:, : x.shape[1]]
             y = layer(x)
-            found = build(target.apply(other, LayerPlan(place, divisor, codec.nvfp4_input_divisor(top))))(x)
+            found = nn.functional.linear(rounded[:, : x.shape[1]], weight, other.bias)
             errors.append(((found - y).square().sum(-1) / y.square().sum(-1).clamp_min(1e-30)).mean())
         return torch.stack(errors).mean().sqrt().item()
 
