@@ -234,7 +234,7 @@ def _put_back_on_error(model: Any) -> Iterator[None]:
     tied = model.config.tie_word_embeddings
     try:
         yield
-    except ModelError:
+    except Exception:
         for module, parameters in held:
             module._parameters.update(parameters)
         model.config.tie_word_embeddings = tied
