@@ -154,7 +154,7 @@ def _unproven(under: Probe, norms: list[Fold], writers: list[str], matrix: Tenso
                 return f"{fold.producer} subtracts the mean (a LayerNorm), which no rotation leaves as it is"
     merged = {fold.producer for fold in norms}
     if unmerged := [n for n in under.norms(x.shape[-1]) if n not in merged]:
-        return f"{unmerged[0]} is not read by linears alone, so its weight cannot move into them"
+        return f"{unmerged[0]} is not read by linears alone, or by an expert that was not reached, and cannot be merged"
     return "its block reads or writes it in a way that is not understood"
 
 

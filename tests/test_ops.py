@@ -157,6 +157,8 @@ def test_rotation_against_its_matrix(rng, block, tokens):
     assert torch.allclose(act.rotate(x, block).double(), expected, atol=1e-6)
     assert torch.allclose(act.rotate(x.double(), block), expected, atol=1e-14)
     assert act.rotate(x.bfloat16(), block).dtype == torch.float32
+    with pytest.raises(RuntimeError):  # and no block reaches from one token into the next
+        act.rotate(torch.randn(4, 8), block)
 
 
 @pytest.mark.parametrize("rule", ["none", "int8", "mxfp4"])
