@@ -62,7 +62,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     last bit that differs between runtimes would put elements on the other side of a rounding threshold.
     """
     y, half = x if x.dtype == torch.float64 else x.float(), block // 2
-    y = codec.blocks_of(y, block).reshape(-1, block).T  # blocks along the last dim, so that short halves are not short rows
+    y = codec.blocks_of(y, block).reshape(-1, block).T  # [block, M]: short halves would be short rows
     while half:
         a, b = y.reshape(-1, 2, half, y.shape[-1]).unbind(1)
         y = torch.stack((a + b, a - b), 1).view(block, -1)
