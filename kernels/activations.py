@@ -64,8 +64,8 @@ def rotate(x: Tensor, block: int) -> Tensor:
     y, half = x if x.dtype == torch.float64 else x.float(), block // 2
     y = codec.blocks_of(y, block).reshape(-1, block).T  # [block, M]: short halves would be short rows
     while half:
-        a, b = y.reshape(-1, 2, half, y.shape[-1]).unbind(1)
-        y = torch.stack((a + b, a - b), 1).view(block, -1)
+        a, b = y.reshape(block // half // 2, 2, half, y.shape[-1]).unbind(1)
+        y = torch.stack((a + b, a - b), 1).flatten(0, 2)
         half //= 2
     return y.T.reshape(x.shape) * block**-0.5
 

@@ -157,6 +157,7 @@ def test_rotation_against_its_matrix(rng, block, tokens):
     assert torch.allclose(act.rotate(x, block).double(), expected, atol=1e-6)
     assert torch.allclose(act.rotate(x.double(), block), expected, atol=1e-14)
     assert act.rotate(x.bfloat16(), block).dtype == torch.float32
+    assert act.rotate(x.flatten(0, -2)[:0], block).shape == (0, 192)  # an expert that no token chose
     with pytest.raises(RuntimeError):  # and no block reaches from one token into the next
         act.rotate(torch.randn(4, 8), block)
 
