@@ -26,6 +26,8 @@ from compressor.model import load_model
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
+NVFP4 = [f"{step}.{option}=nvfp4" for step in ("rotate", "quantize") for option in ("weights", "activations")]
+FOLDED = ["rotate.inputs=0", "rotate.residual=hadamard", "rotate.values=true"]
 # Row -> (recipe, overrides, the row it is compared with).
 ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a4-rtn, abs-max scales": ("w4a4-rtn", ["quantize.scales=absmax"], None),
@@ -38,6 +40,9 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a4 sequential": ("w4a4", ["quantize.sequential=true"], "w4a4"),
     "w4a4-max": ("w4a4-max", [], "w4a4"),
     "w4a4-max without guard": ("w4a4-max", ["quantize.guard=0"], "w4a4-max"),
+    "nvfp4, GPTQ": ("w4a4-rtn", ["quantize.rounding=gptq"], None),
+    "nvfp4, GPTQ, hadamard 16": ("mxfp4-hadamard", [*NVFP4, "rotate.inputs=16", "rotate.where=all"], "nvfp4, GPTQ"),
+    "nvfp4, GPTQ, R1 and R2": ("mxfp4-hadamard", [*NVFP4, *FOLDED], "nvfp4, GPTQ"),
     "nvfp4a16 nearest, abs-max scales": ("nvfp4a16", ["quantize.rounding=nearest", "quantize.scales=absmax"], None),
     "nvfp4a16 nearest": ("nvfp4a16", ["quantize.rounding=nearest"], "nvfp4a16 nearest, abs-max scales"),
     "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
@@ -45,6 +50,11 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a16": ("w4a16", [], None),
     "w4a16-gptq": ("w4a16-gptq", [], "w4a16"),
     "mxfp4": ("mxfp4", [], None),
+    "mxfp4-hadamard without rotation": ("mxfp4", ["quantize.rounding=gptq"], "mxfp4"),
+    "mxfp4-hadamard": ("mxfp4-hadamard", [], "mxfp4-hadamard without rotation"),
+    "mxfp4-hadamard, every input": ("mxfp4-hadamard", ["rotate.where=all"], "mxfp4-hadamard"),
+    "mxfp4-hadamard without GPTQ": ("mxfp4-hadamard", ["quantize.rounding=nearest"], "mxfp4"),
+    "mxfp4, R1 and R2 instead": ("mxfp4-hadamard", FOLDED, "mxfp4-hadamard"),
     "w8a8": ("w8a8", [], None),
     "fp8": ("fp8", [], None),
     "llm-fp4 absmax": ("llm-fp4", ["fp4.search=absmax", "fp4.shift=false"], None),

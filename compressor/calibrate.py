@@ -1,7 +1,8 @@
 """What the linears of a model see: running statistics of their inputs, site by site.
 
 The pass itself, its memory and its limits are blockwise.py; the reductions are statistics.py. Which linears share an
-input is seen while a block runs, by the identity of the input tensor, so there is no table of families.
+input is seen while a block runs, by the identity of the input tensor, so there is no table of families. What is reduced
+is what will be rounded: of a linear that rotates its input, the rotated input.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from compressor.blockwise import Named, run_blocks
 from compressor.errors import DataError, NumericsError
+from compressor.kernels import activations as act
+from compressor.layers import hadamard_of
 from compressor.model import blocks, linears
 from compressor.progress import Progress, Silent
 from compressor.statistics import Statistic
@@ -176,11 +179,11 @@ class _Gathering:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Around one forward of the block. Inputs stay alive until its end, so that an id means one tensor."""
-        inputs: dict[int, tuple[Tensor, list[str]]] = {}
+        inputs: dict[tuple[int, int], tuple[Tensor, list[str]]] = {}
 
         def hook(name: str):
-            def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                inputs.setdefault(id(args[0]), (args[0], []))[1].append(name)
+            def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+                inputs.setdefault((id(args[0]), hadamard_of(layer)), (args[0], []))[1].append(name)
 
             return see
 
@@ -190,8 +193,8 @@ class _Gathering:
         finally:
             for handle in handles:
                 handle.remove()
-        for x, names in inputs.values():
-            self._reduce(names, x.reshape(-1, x.shape[-1]))
+        for (_, block), (x, names) in inputs.items():
+            self._reduce(names, (act.rotate(x, block) if block else x).reshape(-1, x.shape[-1]))
 
     def _reduce(self, names: list[str], x: Tensor) -> None:
         """x [T, K] was the input of all of `names`."""

@@ -44,8 +44,9 @@ class Probe:
         self.twice: set[str] = set()  # modules that run more than once a forward
         self.inputs: list[Round] = []  # per round, the first tensor that each module with parameters got
         self.outputs: list[Round] = []  # per round, what it gave; of a linear, a leaf of the graph
+        self.results: list[Tensor] = []  # per round, what the block gave
         self._calls: dict[str, list[tuple[Any, Any]]] = {}  # per module, (args, kwargs) over the rounds
-        self._call = replace(call, args=_cast(call.args, dtype), kwargs=_cast(call.kwargs, dtype))
+        self.call = replace(call, args=_cast(call.args, dtype), kwargs=_cast(call.kwargs, dtype))
         device = device_of(self.block)
         generator = torch.Generator().manual_seed(seed)
 
@@ -164,13 +165,13 @@ class Probe:
         try:
             before = self._results(scope)
             part()
-            apart = _distance(self._results(scope), before)
+            apart = distance(self._results(scope), before)
             rest()
-            left = _distance(self._results(scope), before)
+            left = distance(self._results(scope), before)
         finally:
             for name, parameters in held.items():
                 self.module(name)._parameters.update(parameters)
-        return apart > 1e-9 * _distance(before) and left <= self.same * apart
+        return apart > 1e-9 * distance(before) and left <= self.same * apart
 
     def _weighted(self) -> list[tuple[str, Any]]:
         return [(n, m) for n, m in self.block.named_modules() if isinstance(m._parameters.get("weight"), Tensor)]
@@ -224,10 +225,12 @@ class Probe:
             handles.append(module.register_forward_hook(after(name)))
         try:
             with torch.enable_grad():
-                self._call.run(self.block, hidden)
+                result = self.call.run(self.block, hidden)
         finally:
             for handle in handles:
                 handle.remove()
+        if keep:
+            self.results.append(result)
         inputs.append(got)
         outputs.append(gave)
 
@@ -250,7 +253,7 @@ def _match(wanted: Tensor, given: Tensor, same: float) -> Tensor | None:
     return torch.cat(found)
 
 
-def _distance(values: list[Tensor], others: list[Tensor] | None = None) -> float:
+def distance(values: list[Tensor], others: list[Tensor] | None = None) -> float:
     """The norm of all differences together; NaN where shapes differ, which no comparison lets pass."""
     if others is None:
         others = [torch.zeros_like(v) for v in values]

@@ -55,22 +55,28 @@ def find_folds(model: nn.Module, sites: Sequence[Site]) -> dict[tuple[str, ...],
     The model, in eval mode, is only read. Each block that holds a site is copied in float64 (8 bytes a weight) and
     run on a few random tokens. Raises ModelError for a model that cannot run block by block.
     """
+    found: dict[tuple[str, ...], Fold] = {}
+    for prefix, under, inside in probes(model, sites):
+        for fold in folds_of(under, inside):
+            full = renamed(fold, lambda n, prefix=prefix: prefix + n)  # type: ignore[misc]
+            found[full.site] = full
+    order = {name: i for i, name in enumerate(n for site in sites for n in site.names)}
+    return dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
+
+
+def probes(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, Probe, list[tuple[str, ...]]]]:
+    """(prefix of its names, probe, names of its sites inside it) of each block that holds a site."""
     named = blocks(model)
     used = [i for i, (n, _) in enumerate(named) if any(s.names[0].startswith(f"{n}.") for s in sites)]
     if not used:
-        return {}
-    found: dict[tuple[str, ...], Fold] = {}
+        return
     named = named[: used[-1] + 1]
-    calls = record(model, _random_tokens(model), named)
+    calls = record(model, random_tokens(model), named)
     for i in used:
         name, block = named[i]
         prefix = f"{name}."
         inside = [tuple(n.removeprefix(prefix) for n in s.names) for s in sites if s.names[0].startswith(prefix)]
-        for fold in _folds_of(probe(block, calls[i]), inside):
-            full = _renamed(fold, lambda n, prefix=prefix: prefix + n)  # type: ignore[misc]
-            found[full.site] = full
-    order = {name: i for i, name in enumerate(n for site in sites for n in site.names)}
-    return dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
+        yield prefix, probe(block, calls[i]), inside
 
 
 def is_exact(model: nn.Module, fold: Fold) -> bool:
@@ -78,8 +84,8 @@ def is_exact(model: nn.Module, fold: Fold) -> bool:
     named = blocks(model)
     number = next(i for i, (n, _) in enumerate(named) if fold.producer.startswith(f"{n}."))
     name, block = named[number]
-    call = record(model, _random_tokens(model), named)[number]
-    inner = _renamed(fold, lambda n: n.removeprefix(f"{name}."))
+    call = record(model, random_tokens(model), named)[number]
+    inner = renamed(fold, lambda n: n.removeprefix(f"{name}."))
     tried = probe(block, call)
     return _proven(tried, inner, shift=False) and (not fold.shifts or _proven(tried, inner, shift=True))
 
@@ -137,19 +143,35 @@ def fold_shift(model: nn.Module, fold: Fold, shift: Tensor) -> None:
     _shift_readers(model, fold, shift)
 
 
+def merge_norm(model: nn.Module, fold: Fold) -> None:
+    """fold_scale by the norm's own weight γ: the norm multiplies by one, its readers have γ, and a bias, as their own.
+
+    γ of any sign, zero too: readers are multiplied, nothing is divided. Raises ValueError for a bias that readers
+    cannot take (a router).
+    """
+    norm: Any = model.get_submodule(fold.producer)
+    if (bias := norm._parameters.get("bias")) is not None:
+        if not fold.shifts:
+            raise ValueError(f"{fold.producer}: not everything that reads it can take its bias.")
+        _shift_readers(model, fold, bias.detach().double())  # b + W β, before W changes
+        replace_parameter(norm, "bias", torch.zeros_like(bias))
+    _scale_readers(model, fold, norm.weight.detach().double() + fold.offset)
+    replace_parameter(norm, "weight", torch.full_like(norm.weight, 1 - fold.offset))
+
+
 def _scale_producer(model: nn.Module, fold: Fold, scale: Tensor) -> None:
     module: Any = model.get_submodule(fold.producer)
     divisor = _by_row(module, fold, scale, 1.0)
     offset = fold.offset
     weight = (module.weight.detach().double() + offset) / divisor.view(-1, *[1] * (module.weight.dim() - 1)) - offset
-    _replace(module, "weight", weight)
+    replace_parameter(module, "weight", weight)
     if module._parameters.get("bias") is not None:
-        _replace(module, "bias", module.bias.detach().double() / divisor)
+        replace_parameter(module, "bias", module.bias.detach().double() / divisor)
 
 
 def _scale_readers(model: nn.Module, fold: Fold, scale: Tensor) -> None:
-    for module in _readers(model, fold):
-        _replace(module, "weight", module.weight.detach().double() * scale.to(module.weight.device))
+    for module in reader_modules(model, fold):
+        replace_parameter(module, "weight", module.weight.detach().double() * scale.to(module.weight.device))
 
 
 def _shift_producer(model: nn.Module, fold: Fold, shift: Tensor) -> None:
@@ -158,11 +180,11 @@ def _shift_producer(model: nn.Module, fold: Fold, shift: Tensor) -> None:
 
 
 def _shift_readers(model: nn.Module, fold: Fold, shift: Tensor) -> None:
-    for module in _readers(model, fold):
+    for module in reader_modules(model, fold):
         _add_bias(module, module.weight.detach().double() @ shift.to(module.weight.device))
 
 
-def _readers(model: nn.Module, fold: Fold) -> Iterator[Any]:
+def reader_modules(model: nn.Module, fold: Fold) -> Iterator[Any]:
     return (model.get_submodule(name) for name in (*fold.site, *fold.others))
 
 
@@ -178,12 +200,12 @@ def _by_row(module: Any, fold: Fold, values: Tensor, default: float) -> Tensor:
 
 def _add_bias(module: Any, bias: Tensor) -> None:
     if module.bias is not None:
-        _replace(module, "bias", module.bias.detach().double() + bias)
+        replace_parameter(module, "bias", module.bias.detach().double() + bias)
     else:
         module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """A new parameter in the place of the old one, whose tensor another model may share."""
     old = module.get_parameter(name)
     setattr(module, name, nn.Parameter(value.to(old.dtype), old.requires_grad))
@@ -201,7 +223,7 @@ def _checked(model: nn.Module, fold: Fold, values: Tensor) -> Tensor:
     return values.detach().double()
 
 
-def _folds_of(under: Probe, sites: list[tuple[str, ...]]) -> list[Fold]:
+def folds_of(under: Probe, sites: list[tuple[str, ...]]) -> list[Fold]:
     """Every fold of the block that is proven, at most one for each site."""
     found: list[Fold] = []
     free = [site for site in sites if not under.unseen & set(site) and not under.twice & set(site)]
@@ -252,7 +274,7 @@ def _can_shift(under: Probe, fold: Fold) -> bool:
     """Whether there is somewhere to put a shift: any nn.Linear can be given a bias, a norm or router cannot."""
     if fold.kind == "norm" and under.module(fold.producer)._parameters.get("bias") is None:
         return False
-    return all(isinstance(module, nn.Linear) for module in _readers(under.block, fold))
+    return all(isinstance(module, nn.Linear) for module in reader_modules(under.block, fold))
 
 
 def _proven(under: Probe, fold: Fold, shift: bool) -> bool:
@@ -267,12 +289,12 @@ def _proven(under: Probe, fold: Fold, shift: bool) -> bool:
     )
 
 
-def _random_tokens(model: Any) -> Tensor:
+def random_tokens(model: Any) -> Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return torch.randint(vocabulary, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
-def _renamed(fold: Fold, rename: Any) -> Fold:
+def renamed(fold: Fold, rename: Any) -> Fold:
     return replace(
         fold,
         site=tuple(map(rename, fold.site)),

@@ -29,6 +29,39 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
+class HadamardLinear(nn.Linear):
+    """A linear of the working model that rotates its input in blocks: y = (W H)(H x) + b, what the ops compute.
+
+    `weight` is W H, [N, K]: methods store it as it is, and statistics are of H x (calibrate.py). Nothing else sees H x,
+    so a scale per channel of x cannot be folded into this layer, and folds.py will not prove one.
+    """
+
+    hadamard: int
+
+    @classmethod
+    def rotated(cls, layer: nn.Linear, block: int) -> HadamardLinear:
+        """`layer` with its input rotated; its parameters are left alone. `block` must divide in_features."""
+        made = cls(1, 1, device="meta")
+        made.in_features, made.out_features, made.hadamard = layer.in_features, layer.out_features, block
+        weight = act.rotate(layer.weight.detach().double(), block).to(layer.weight.dtype)
+        made.weight, made.bias = nn.Parameter(weight, layer.weight.requires_grad), layer.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(act.rotate(x, self.hadamard), self.weight, self.bias)
+
+
+def hadamard_of(layer: nn.Module) -> int:
+    """Block size of the rotation of a linear's input, 0 for none."""
+    return layer.hadamard if isinstance(layer, HadamardLinear) else 0
+
+
+def attributes_of(layer: nn.Linear, padding: int = 0) -> dict[str, object]:
+    """What every stored linear says of itself, whatever its kind; methods add the rest."""
+    rotation: dict[str, object] = {"hadamard": block} if (block := hadamard_of(layer)) else {}
+    return {"in_features": layer.in_features, "out_features": layer.out_features, "padding": padding} | rotation
+
+
 def build(packed: Packed) -> QuantModule:
     """The runnable module of one Packed, on its tensors (not copied)."""
     return LAYERS[packed.kind](packed)
@@ -84,7 +117,12 @@ class QuantLinear(QuantModule):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """float32 values that the op multiplies the weights with."""
-        return act.quantize(x, self.attributes["activations"])
+        return act.quantize(x, self.attributes["activations"], hadamard=self.hadamard)
+
+    @property
+    def hadamard(self) -> int:
+        """Block size of the rotation of its input, 0 for none. Padding is zeros, which stay zeros."""
+        return self.attributes.get("hadamard", 0)
 
 
 class FP4Linear(QuantLinear):
@@ -99,6 +137,7 @@ class FP4Linear(QuantLinear):
             self.attributes["format"],
             self.attributes["activations"],
             self.attributes["four_over_six"],
+            self.hadamard,
         )
 
     def dequantize(self) -> Tensor:
@@ -108,7 +147,11 @@ class FP4Linear(QuantLinear):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         return act.quantize(
-            x, self.attributes["activations"], self.optional("input_global_scale"), self.attributes["four_over_six"]
+            x,
+            self.attributes["activations"],
+            self.optional("input_global_scale"),
+            self.attributes["four_over_six"],
+            hadamard=self.hadamard,
         )
 
 
@@ -128,6 +171,7 @@ class IntLinear(QuantLinear):
             self.attributes["activations"],
             self.optional("input_scale"),
             self.optional("input_offset"),
+            self.hadamard,
         )
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -136,6 +180,7 @@ class IntLinear(QuantLinear):
             self.attributes["activations"],
             input_scale=self.optional("input_scale"),
             input_offset=self.optional("input_offset"),
+            hadamard=self.hadamard,
         )
 
     def dequantize(self) -> Tensor:
@@ -152,7 +197,12 @@ class IntLinear(QuantLinear):
 class FP8Linear(QuantLinear):
     def call(self, x: Tensor) -> Tensor:
         return fp8_linear.fp8_linear(
-            x, self.stored("weight"), self.stored("weight_scale"), self.optional("bias"), self.attributes["activations"]
+            x,
+            self.stored("weight"),
+            self.stored("weight_scale"),
+            self.optional("bias"),
+            self.attributes["activations"],
+            self.hadamard,
         )
 
     def dequantize(self) -> Tensor:

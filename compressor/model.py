@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from compressor.errors import ModelError, NumericsError
-from compressor.parts import blocks, embedding_name, exempt, head_name, is_tied, linears, unaccounted
+from compressor.parts import blocks, embedding_name, exempt, head_name, is_tied, linears, unaccounted, untie
 from compressor.source import Place, check, find
 from compressor.tokenizer import load_tokenizer, tokenizer_at
 
 __all__ = [
     "Loaded", "as_loaded", "blocks", "embedding_name", "exempt", "head_name", "is_tied", "linears", "load_model",
-    "load_tokenizer", "skeleton", "twin", "unaccounted",
+    "load_tokenizer", "skeleton", "twin", "unaccounted", "untie",
 ]  # fmt: skip
 
 CAUSAL, ENCODER = "causal-lm", "encoder"

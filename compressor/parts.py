@@ -67,6 +67,13 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def untie(model: Any) -> None:
+    """Give the head of a tied pair a parameter of its own, with the same values, and say so in the config."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach(), head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
 def _name_of(model: nn.Module, wanted: nn.Module | None, what: str) -> str:
     for name, module in model.named_modules():
         if wanted is not None and module is wanted:

@@ -22,10 +22,10 @@ from compressor.artifact import Artifact
 from compressor.blockwise import device_of, placed
 from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_dtype
 from compressor.errors import DataError, ModelError, RecipeError
-from compressor.layers import Packed, build, hold_dense
+from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
 from compressor.methods.transform import Transform, stores
-from compressor.model import Loaded, as_loaded, linears, load_model, twin, unaccounted
+from compressor.model import Loaded, as_loaded, is_tied, linears, load_model, twin, unaccounted, untie
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step
 from compressor.sensitivity import output_fisher
@@ -120,11 +120,12 @@ def compress(
     working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
+    stored = {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
     reports: dict[str, Any] = {}
     for number, step in enumerate(recipe.steps, 1):
         names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
-            decisions = _fold(working, step, run)
+            decisions = _fold(working, step, stored, run)
         else:
             decisions = _survey(working, step, names, recipe.seed, run)
         if decisions is not None:
@@ -137,7 +138,7 @@ def compress(
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(working, packed, tables.dtypes, tables.tied)
     artifact = Artifact(
-        config=loaded.model.config,
+        config=working.config,  # a transform may have untied the head
         kind=loaded.kind,
         tokenizer=loaded.tokenizer,
         recipe=recipe.model_copy(update={"model": loaded.source}),
@@ -159,22 +160,24 @@ def compress(
     return artifact
 
 
-def _fold(model: nn.Module, step: Step, run: Run) -> Any:
-    """One transform on the sites whose linears are all targeted, block by block; `model` computes the same afterwards.
+def _fold(model: nn.Module, step: Step, stored: set[str], run: Run) -> Any:
+    """One transform on the targeted linears that some step stores; `model` computes the same afterwards.
 
-    Means settle with few windows. A method that stores layers may fix ranges here, and sees every token.
+    What no step stores gains nothing, and could not be kept with a rotated input: only our ops rotate. Means settle
+    with few windows. A method that stores layers may fix ranges here, and sees every token.
     """
     options = step.options
-    names = [n for n in linears(model) if _targeted(step, n)]
+    names = [n for n in linears(model) if n in stored and _targeted(step, n)]
     needs = options.fold_needs()
-    seen = len(run.windows) if stores(options) else SURVEY_WINDOWS
+    seen = run.windows[: (len(run.windows) if stores(options) else SURVEY_WINDOWS) if needs else 1]
+    if options.whole:
+        return options.fold(model, calibrate(model, seen, needs, names, run.progress, run.device, run.dtype))
     parts: list[Any] = []
 
     def fold_block(part: Calibration) -> None:
         parts.append(options.fold(model, part))
 
-    windows = run.windows[: seen if needs else 1]
-    calibrate_blocks(model, windows, needs, fold_block, names, run.progress, run.device, run.dtype)
+    calibrate_blocks(model, seen, needs, fold_block, names, run.progress, run.device, run.dtype)
     return reduce(or_, parts) if parts else None
 
 
@@ -220,6 +223,7 @@ def _compress(
         layers = {n: m for n, m in linears(model).items() if n in names and n in part}
         for name, plan in options.plan(layers, part, decisions).items():
             made = options.apply(layers[name], plan)
+            assert made.attributes.get("hadamard", 0) == hadamard_of(layers[name]), f"{step.method} lost a rotation"
             details[name] = _detail(layers[name], made, plan)
             packed[name] = _on_cpu(made)
             if sequential:
@@ -241,9 +245,12 @@ def plan_of(model: nn.Module | str | Path | None, recipe: Recipe) -> Plan:
     """Every weight matrix, what happens to it and the bytes it will take. No calibration text is read."""
     loaded = _load(model, recipe, None)
     rows = []
+    tables = loaded.model
+    if is_tied(tables) and any(getattr(step.options, "unties", False) for step in recipe.steps):
+        untie(tables := twin(tables))
     shapes = {n: tuple(m.weight.shape) for n, m in linears(loaded.model).items()}
     placed = [(n, shapes[n], p) for n, (_, p) in _place(loaded.model, recipe).items()]
-    placed += [(n, shape, p) for n, (shape, p) in place_tables(loaded.model, recipe).placements.items()]
+    placed += [(n, shape, p) for n, (shape, p) in place_tables(tables, recipe).placements.items()]
     for name, shape, place in placed:
         weights = shape[0] * shape[1]
         after = place.size_bytes or weights * 2

@@ -92,7 +92,7 @@ class Recipe(_Frozen):
 
 
 # Options that change what activations are rounded to, in a way that only our own ops carry out.
-OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize")
+OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs")
 
 
 def _overridden(document: Document, overrides: Sequence[str]) -> Document:
@@ -135,7 +135,7 @@ def _validated(document: Document) -> Recipe:
         keys: Keys = ("steps", i, step.method)
         options = _checked(METHODS[step.method], step.options, document, keys)
         for name in OWN_RUNTIME_ONLY:
-            if recipe.runtime != "compressor" and getattr(options, name, False) is True:
+            if recipe.runtime != "compressor" and getattr(options, name, False) not in (False, "auto"):
                 wrong = f"{name} is not what {recipe.runtime} computes; set runtime: compressor, or drop it."
                 raise RecipeError(f"{_place(document, (*keys, name))}: {wrong}")
         steps.append(step.model_copy(update={"options": options}))

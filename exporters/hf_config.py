@@ -85,6 +85,8 @@ def expressible(packed: Packed) -> str | None:
         return f"no format of the dialect stores a {packed.kind}"
     if packed.attributes.get("padding"):
         return f"its input is padded by {packed.attributes['padding']}, which the dialect cannot say"
+    if block := packed.attributes.get("hadamard"):
+        return f"its input is rotated in blocks of {block} (hadamard), which only our own ops compute"
     if "input_offset" in packed.tensors:
         return "its input is shifted channel by channel (input_offset), which the dialect cannot say"
     return None

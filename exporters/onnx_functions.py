@@ -113,6 +113,17 @@ def _with_blocks(op: Body, x: ir.Value, size: int, rule: Callable[[ir.Value], ir
     return op.Reshape(rule(op.Reshape(x, [-1, size])), op.Shape(x))
 
 
+def _rotated(op: Body, x: ir.Value, block: int) -> ir.Value:
+    """x [..., K] in blocks times H / √block, in the order of additions of kernels/activations.py; 0: x as it is."""
+    y, half = x, block // 2
+    while half:
+        pairs = op.Reshape(y, [-1, 2, half])
+        a, b = op.Slice(pairs, [0], [1], [1]), op.Slice(pairs, [1], [2], [1])
+        y = op.Concat(op.Add(a, b), op.Sub(a, b), axis=1)
+        half //= 2
+    return op.Mul(op.Reshape(y, op.Shape(x)), block**-0.5) if block else x
+
+
 def _nvfp4(op: Body, x: ir.Value, global_scale: ir.Value, four_over_six: bool) -> ir.Value:
     def scaled(blocks: ir.Value, amax: ir.Value, top: float) -> ir.Value:
         scale = _to_e4m3(op, op.Mul(global_scale, op.Div(amax, top)))
@@ -187,7 +198,7 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     else:
         step = _e8m0_values(op, v["weight_scale"])
     weight = _fp4_rows(op, v["weight_packed"], step, a["block_size"])
-    x = v["x"]
+    x = _rotated(op, v["x"], a["hadamard"])
     if a["activations"] == "nvfp4":
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
     elif a["activations"] == "mxfp4":
@@ -215,7 +226,7 @@ def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any])
 
 
 def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    x, scale, rule = v["x"], v["weight_scale"], a["activations"]
+    x, scale, rule = _rotated(op, v["x"], a["hadamard"]), v["weight_scale"], a["activations"]
     if v["input_offset"] is not None:
         x = op.Sub(x, v["input_offset"])
     if rule != "none":
@@ -234,7 +245,7 @@ def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
 
 
 def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    x = _per_token(op, v["x"], a["activations"])
+    x = _per_token(op, _rotated(op, v["x"], a["hadamard"]), a["activations"])
     return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
 
 

@@ -37,9 +37,9 @@ INPUTS = {
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
 ATTRIBUTES = {
-    "FP4Linear": ("format", "activations", "four_over_six", "block_size"),
-    "IntLinear": ("bits", "group_size", "activations", "packed", "in_features"),
-    "FP8Linear": ("activations",),
+    "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard"),
+    "IntLinear": ("bits", "group_size", "activations", "packed", "in_features", "hadamard"),
+    "FP8Linear": ("activations", "hadamard"),
     "FloatLinear": ("format", "activations", "block_size"),
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
@@ -120,12 +120,14 @@ def _emit_fp4_linear(
     format: str,
     activations: str,
     four_over_six: bool,
+    hadamard: int = 0,
 ) -> Any:
     attributes = {
         "format": format,
         "activations": activations,
         "four_over_six": int(four_over_six),
         "block_size": FORMATS[format].block,
+        "hadamard": hadamard,
     }
     inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
     return _emit("FP4Linear", inputs, attributes)
@@ -141,6 +143,7 @@ def _emit_int_linear(
     activations: str,
     input_scale: Any = None,
     input_offset: Any = None,
+    hadamard: int = 0,
 ) -> Any:
     from onnxscript import opset21
 
@@ -148,7 +151,7 @@ def _emit_int_linear(
     features, rows = x.shape[-1], weight_scale.shape[0]
     packed = weight.dtype.value == INT32
     scale, bias = _float(weight_scale), _float(bias)
-    block = stock_block(features, group_size) if packed and activations == "none" else None
+    block = stock_block(features, group_size) if packed and activations == "none" and not hadamard else None
     if block is None:
         attributes = {
             "bits": bits,
@@ -156,6 +159,7 @@ def _emit_int_linear(
             "activations": activations,
             "packed": int(packed),
             "in_features": features,
+            "hadamard": hadamard,
         }
         inputs = (x, weight, scale, bias, _float(input_scale), _float(input_offset))
         return _emit("IntLinear", inputs, attributes)
@@ -166,8 +170,11 @@ def _emit_int_linear(
     return _emit("MatMulNBits", (x, weight, scale, None, None, bias), attributes, STOCK_DOMAIN)
 
 
-def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str) -> Any:
-    return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), {"activations": activations})
+def _emit_fp8_linear(
+    x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str, hadamard: int = 0
+) -> Any:
+    attributes = {"activations": activations, "hadamard": hadamard}
+    return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), attributes)
 
 
 def _emit_float_linear(

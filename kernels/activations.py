@@ -3,7 +3,8 @@
 What every fused kernel and every ONNX body must reproduce for the same input. Each rule equals what the
 compressed-tensors runtimes compute, except `four_over_six`, which only our own ops offer: a block may
 scale its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over
-Six", 2025), and an offset. The `_static` rules take one stored scale, all others find theirs when the model runs.
+Six", 2025), an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the
+model runs.
 All functions take x [..., K] of any float dtype and return float32 of the same shape.
 """
 
@@ -30,13 +31,18 @@ def quantize(
     input_scale: Tensor | None = None,
     input_offset: Tensor | None = None,
     input_shift: Tensor | None = None,
+    hadamard: int = 0,
 ) -> Tensor:
     """Apply one rule of ACTIVATIONS, under rule "none" too to x - input_offset where there is an offset [K], or to
     2^input_shift x where there is a shift, int8 [K].
 
+    Where `hadamard` is not 0, x is rotated in blocks of that size before anything else.
+
     `nvfp4` needs the float32 [1] divisor `input_global_scale`, the static rules the multiplier `input_scale` [1].
     """
     x = x.float()
+    if hadamard:
+        x = rotate(x, hadamard)
     if input_offset is not None:
         x = x - input_offset.float()
     if input_shift is not None:
@@ -55,6 +61,22 @@ def quantize(
     if rule in TOKEN_BITS:
         return int_per_token(x, TOKEN_BITS[rule])
     return {"mxfp4": mxfp4, "fp8": fp8_per_token}[rule](x)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Each block of `block` (a power of two that divides K) times H / √block, H Sylvester's Hadamard matrix.
+
+    H is symmetric, so rotating twice gives x back. float64 stays float64, all else becomes float32. The fast
+    Walsh-Hadamard transform and not a product with a matrix, because its order of additions is part of the contract: a
+    last bit that differs between runtimes would put elements on the other side of a rounding threshold.
+    """
+    y, half = x if x.dtype == torch.float64 else x.float(), block // 2
+    y = codec.blocks_of(y, block).reshape(-1, block).T  # [block, M]: short halves would be short rows
+    while half:
+        a, b = y.reshape(block // half // 2, 2, half, y.shape[-1]).unbind(1)
+        y = torch.stack((a + b, a - b), 1).flatten(0, 2)
+        half //= 2
+    return y.T.reshape(x.shape) * block**-0.5
 
 
 def nvfp4(x: Tensor, global_scale: Tensor, four_over_six: bool = False) -> Tensor:

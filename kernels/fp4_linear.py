@@ -1,4 +1,4 @@
-"""compressor::fp4_linear — y = Q(x) · dequantize(W)ᵀ + b with FP4 (E2M1) weights in NVFP4 or MXFP4 blocks.
+"""compressor::fp4_linear — y = Q(H x) · dequantize(W)ᵀ + b with FP4 (E2M1) weights in NVFP4 or MXFP4 blocks.
 
 Contract, all on one device:
     x                    [..., K]    any float dtype; y has the same
@@ -9,6 +9,7 @@ Contract, all on one device:
     bias                 [N]         float, optional
     format               "nvfp4" | "mxfp4"
     activations          "none" | "nvfp4" | "mxfp4" | "int8" | "fp8" (the last two: one scale a token)
+    hadamard             block size of H, which rotates x first (activations.rotate); 0: no rotation
 The body below is the reference: float32 arithmetic, weights dequantized in full.
 """
 
@@ -43,14 +44,16 @@ def fp4_linear(
     format: str,
     activations: str,
     four_over_six: bool,
+    hadamard: int = 0,
 ) -> Tensor:
     weight = dequantize(weight_packed, weight_scale, weight_global_scale)
-    quantized = act.quantize(x, activations, input_global_scale, four_over_six)
+    quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard)
     return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 @fp4_linear.register_fake
 def _(
-    x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six
-):
+    x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six,
+    hadamard=0,
+):  # fmt: skip
     return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))

@@ -1,4 +1,4 @@
-"""compressor::fp8_linear — y = Q(x) · dequantize(W)ᵀ + b with FP8 (E4M3) weights, one scale a row.
+"""compressor::fp8_linear — y = Q(H x) · dequantize(W)ᵀ + b with FP8 (E4M3) weights, one scale a row.
 
 Contract, all on one device:
     x             [..., K]   any float dtype; y has the same
@@ -6,6 +6,7 @@ Contract, all on one device:
     weight_scale  [N, 1]     float, multiplies
     bias          [N]        float, optional
     activations   "none" | "fp8" (dynamic, one scale a token)
+    hadamard      block size of H, which rotates x first (activations.rotate); 0: no rotation
 The body below is the reference: float32 arithmetic, weights dequantized in full.
 """
 
@@ -23,12 +24,15 @@ def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("compressor::fp8_linear", mutates_args=())
-def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str, hadamard: int = 0
+) -> Tensor:
+    rounded = act.quantize(x, activations, hadamard=hadamard)
     return torch.nn.functional.linear(
-        act.quantize(x, activations), dequantize(weight, weight_scale), None if bias is None else bias.float()
+        rounded, dequantize(weight, weight_scale), None if bias is None else bias.float()
     ).to(x.dtype)
 
 
 @fp8_linear.register_fake
-def _(x, weight, weight_scale, bias, activations):
+def _(x, weight, weight_scale, bias, activations, hadamard=0):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,4 +1,4 @@
-"""compressor::int_linear — y = Q(x - z) · dequantize(W)ᵀ + b with symmetric INT2/4/6/8 weights, per group or per row.
+"""compressor::int_linear — y = Q(H x - z) · dequantize(W)ᵀ + b with symmetric INT2/4/6/8 weights, per group or per row.
 
 Contract, all on one device:
     x             [..., K]              any float dtype; y has the same
@@ -9,6 +9,7 @@ Contract, all on one device:
     activations   "none" | "int8" | "int6": a scale for each token | "int8_static" | "int6_static": `input_scale`
     input_scale   [1]                   float32, multiplies the codes of x; a power of two where we choose it
     input_offset  [K]                   z, float32, optional: subtracted from x, whatever `activations` says
+    hadamard      block size of H, which rotates x first (activations.rotate); 0: no rotation
 The body below is the reference: float32 arithmetic, weights dequantized in full.
 """
 
@@ -41,12 +42,13 @@ def int_linear(
     activations: str,
     input_scale: Tensor | None = None,
     input_offset: Tensor | None = None,
+    hadamard: int = 0,
 ) -> Tensor:
     dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
-    rounded = act.quantize(x, activations, input_scale=input_scale, input_offset=input_offset)
+    rounded = act.quantize(x, activations, input_scale=input_scale, input_offset=input_offset, hadamard=hadamard)
     return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float()).to(x.dtype)
 
 
 @int_linear.register_fake
-def _(x, weight, weight_scale, bias, bits, group_size, activations, input_scale=None, input_offset=None):
+def _(x, weight, weight_scale, bias, bits, group_size, activations, input_scale=None, input_offset=None, hadamard=0):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

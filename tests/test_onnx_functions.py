@@ -41,6 +41,8 @@ def as_onnx(tensor: Tensor) -> np.ndarray:
 def runner(op_type: str, attributes: dict[str, Any], tensors: dict[str, Tensor | None]) -> Callable[[Tensor], Tensor]:
     """x -> y of a model that is one node; `tensors` are the other inputs by name."""
     names = onnx_nodes.INPUTS[op_type]
+    if "hadamard" in onnx_nodes.ATTRIBUTES[op_type]:
+        attributes = {"hadamard": 0} | attributes
     kind = ir.DataType.INT64 if names[0] == "ids" else ir.DataType.FLOAT
     x = ir.Value(name=names[0], type=ir.TensorType(kind))
     values: list[ir.Value | None] = [x]
@@ -106,7 +108,9 @@ def fp4_weight(format: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | No
 FP4_RULES = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False), ("fp8", False), ("int8", False)]
 
 
-def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any]:
+def fp4(
+    format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tensor | None, hadamard: int = 0
+) -> tuple[Any, Any]:
     packed, scale, divisor = fp4_weight(format, weight)
     given = INPUT_DIVISOR if rule == "nvfp4" else None
     attributes = {
@@ -114,6 +118,7 @@ def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tenso
         "activations": rule,
         "four_over_six": int(four_over_six),
         "block_size": 16 if format == "nvfp4" else 32,
+        "hadamard": hadamard,
     }
     tensors = {
         "weight_packed": packed,
@@ -123,7 +128,7 @@ def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tenso
         "bias": bias,
     }
     ours = runner("FP4Linear", attributes, tensors)
-    return ours, lambda x: fp4_linear(x, packed, scale, divisor, given, bias, format, rule, four_over_six)
+    return ours, lambda x: fp4_linear(x, packed, scale, divisor, given, bias, format, rule, four_over_six, hadamard)
 
 
 @pytest.mark.parametrize(("rule", "four_over_six"), FP4_RULES)
@@ -131,6 +136,36 @@ def fp4(format: str, rule: str, four_over_six: bool, weight: Tensor, bias: Tenso
 def test_fp4_quantizes_activations_to_the_same_bits(format: str, rule: str, four_over_six: bool) -> None:
     # A weight of ones on the diagonal hands the quantized activations through.
     same_bits(*fp4(format, rule, four_over_six, torch.eye(K), None))
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_rotated_activations_have_the_same_bits(format: str, block: int) -> None:
+    """Which a matrix product, whose order of additions is the runtime's own, does not give."""
+    for rule in ("none", format, "fp8", "int8"):
+        same_bits(*fp4(format, rule, False, torch.eye(K), None, hadamard=block))
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_other_ops_rotate_too(block: int) -> None:
+    torch.manual_seed(0)
+    eye, ones, bias = torch.eye(K, dtype=torch.int8), torch.ones(K, 1), torch.randn(K)
+    attributes = {"bits": 8, "group_size": 0, "packed": 0, "in_features": K, "hadamard": block}
+    same_bits(
+        runner("IntLinear", attributes | {"activations": "int8"}, {"weight": eye, "weight_scale": ones}),
+        lambda x: int_linear(x, eye, ones, None, 8, 0, "int8", hadamard=block),
+    )
+    values = torch.randint(-8, 8, (K, K))
+    packed = {"weight": words(values, 4), "weight_scale": ones, "bias": bias}
+    close(
+        runner("IntLinear", attributes | {"bits": 4, "packed": 1, "activations": "none"}, packed),
+        lambda x: int_linear(x, codec.pack_int(values, 4), ones, bias, 4, 0, "none", hadamard=block),
+    )
+    fp8 = eye.to(torch.float8_e4m3fn)
+    same_bits(
+        runner("FP8Linear", {"activations": "fp8", "hadamard": block}, {"weight": fp8, "weight_scale": ones}),
+        lambda x: fp8_linear(x, fp8, ones, None, "fp8", block),
+    )
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -304,6 +339,7 @@ def test_overloads_tell_specialisations_apart() -> None:
     named = set()
     for (rule, four_over_six), format in itertools.product(FP4_RULES, ["nvfp4", "mxfp4"]):
         attributes = {"format": format, "activations": rule, "four_over_six": int(four_over_six), "block_size": 16}
+        attributes["hadamard"] = 0
         for present in (set(), {"bias"}):
             named.add(onnx_functions.overload("FP4Linear", attributes, present))
     assert len(named) == 2 * 2 * len(FP4_RULES)

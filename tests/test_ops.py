@@ -155,7 +155,8 @@ def test_fp4_embedding_on_golden_bytes():
     assert fp4_embedding(ids[:, :0], packed, exponents, None, "mxfp4").shape == (2, 0, 32)
 
 
-OPS = ["fp4", "int8", "static", "fp8", "float", "embedding", "fp4 embedding nvfp4", "fp4 embedding mxfp4"]
+OPS = ["fp4", "fp4 rotated", "int8", "static", "fp8", "fp8 rotated", "float", "embedding"]
+OPS += ["fp4 embedding nvfp4", "fp4 embedding mxfp4"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -164,6 +165,8 @@ def test_registrations_are_consistent(rng, op):
     if op == "fp4":
         args = (x, *fp4_tensors(rng, "nvfp4"), torch.tensor([100.0]), None, "nvfp4", "nvfp4", True)
         function = fp4_linear
+    elif op == "fp4 rotated":
+        args, function = (x, *fp4_tensors(rng, "mxfp4"), None, None, "mxfp4", "mxfp4", False, 32), fp4_linear
     elif op == "int8":
         weight = torch.randint(-128, 128, (N, K), generator=rng).to(torch.int8)
         args = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), torch.zeros(N), 8, 0, "int8")
@@ -172,9 +175,10 @@ def test_registrations_are_consistent(rng, op):
         weight = torch.randint(-32, 32, (N, K), generator=rng).to(torch.int8)
         args = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, 6, 0, "int6_static")
         args, function = (*args, torch.tensor([0.5]), torch.randn(K, generator=rng)), int_linear
-    elif op == "fp8":
+    elif op in ("fp8", "fp8 rotated"):
         weight = torch.randn(N, K, generator=rng).to(torch.float8_e4m3fn)
         args, function = (x, weight, torch.rand(N, 1, generator=rng).bfloat16(), None, "fp8"), fp8_linear
+        args = (*args, 16) if op.endswith("rotated") else args
     elif op == "float":
         shift, rule = torch.ones(K, dtype=torch.int8), "e3m0_static"
         args = (x, *float_tensors(rng, "e3m2", True), torch.tensor([0.5]), shift, None, "e3m2", rule)
@@ -190,6 +194,38 @@ def test_registrations_are_consistent(rng, op):
         )
     # test_schema compares inputs with allclose, which float8 does not have.
     torch.library.opcheck(function, args, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("tokens", [(1,), (3,), (2, 65)])
+def test_rotation_against_its_matrix(rng, block, tokens):
+    """Sylvester's matrix entry by entry: minus where the bits that row and column share are an odd number."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    matrix = torch.tensor(signs, dtype=torch.float64) / block**0.5
+    x = torch.randn(*tokens, 192, generator=rng)
+    expected = (x.double().unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    assert torch.allclose(act.rotate(x, block).double(), expected, atol=1e-6)
+    assert torch.allclose(act.rotate(x.double(), block), expected, atol=1e-14)
+    assert act.rotate(x.bfloat16(), block).dtype == torch.float32
+    assert act.rotate(x.flatten(0, -2)[:0], block).shape == (0, 192)  # an expert that no token chose
+    with pytest.raises(RuntimeError):  # and no block reaches from one token into the next
+        act.rotate(torch.randn(4, 8), block)
+
+
+@pytest.mark.parametrize("rule", ["none", "int8", "mxfp4"])
+def test_ops_rotate_before_they_round(rng, rule):
+    x = torch.randn(3, K, generator=rng) * torch.logspace(0, 2, K)
+    rotated = act.rotate(x, 32)
+    packed, scale, divisor = fp4_tensors(rng, "mxfp4")
+    plain = [packed, scale, divisor, None, None, "mxfp4", rule, False]
+    found = fp4_linear(x, *plain, 32)
+    assert torch.equal(found, fp4_linear(rotated, *plain)) and not torch.equal(found, fp4_linear(x, *plain))
+    weight = torch.randint(-128, 128, (N, K), generator=rng).to(torch.int8)
+    if rule != "mxfp4":
+        given = (weight, torch.ones(N, 1), None, 8, 0, rule)
+        offset = torch.randn(K, generator=rng)  # of what is rotated already
+        found = int_linear(x, *given, None, offset, 32)
+        assert torch.equal(found, int_linear(rotated, *given, None, offset))
 
 
 class TestActivations:

@@ -22,6 +22,7 @@ from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
+from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
 
 METHODS = {
@@ -29,5 +30,6 @@ METHODS = {
     "mixed_bits": MixedBits,
     "outlier_tune": OutlierTune,
     "fp4": FP4,
+    "rotate": Rotate,
     "smooth": Smooth,
 }

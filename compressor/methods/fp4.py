@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class LayerPlan:
 @dataclass(frozen=True)
 class FP4:
     """`formats` and `activation_formats`: auto, or those of the width that the search may choose from."""
+
+    whole: ClassVar[bool] = False
 
     bits: Literal[4, 6, 8] = 4
     activation_bits: Literal[4, 6, 8, 16] = 4  # 16: inputs stay as they are

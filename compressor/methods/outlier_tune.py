@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibrate import Calibration, Site
 from compressor.folds import Fold, bf16_scale, find_folds, fold_scale, fold_shift, share
-from compressor.layers import Packed
+from compressor.layers import Packed, attributes_of
 from compressor.methods import gptq, scale_search
 from compressor.methods import static_input as static
 from compressor.methods.quantize import Placement
@@ -90,6 +90,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class OutlierTune:
+    whole: ClassVar[bool] = False
     bits: Literal[8, 6] = 8
     alpha: float | Literal["auto"] = "auto"  # the share of s, as a power, that is folded; 1.0 is the paper
     symmetrize: bool | Literal["auto"] = "auto"
@@ -255,14 +256,7 @@ class OutlierTune:
             bias = added if bias is None else bias.float() + added
         if bias is not None:
             tensors["bias"] = bias
-        attributes: dict[str, object] = {
-            "activations": plan.input.rule,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "padding": 0,
-            "bits": self.bits,
-            "group_size": None,
-        }
+        attributes = {"activations": plan.input.rule} | attributes_of(layer) | {"bits": self.bits, "group_size": None}
         return Packed("int_linear", tensors, attributes)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.calibrate import Calibration
 from compressor.kernels import codec
-from compressor.layers import Packed
+from compressor.layers import Packed, attributes_of
 from compressor.methods import gptq, guard, scale_search
 from compressor.methods.guard import Guards
 from compressor.sensitivity import Fisher
@@ -205,12 +205,7 @@ class Quantize:
         rule = plan.activations or self.activations
         tensors = grid.pack(codes, words=rule == WEIGHT_ONLY)
         kind = codec.FORMATS[self.weights].kind
-        attributes: dict[str, object] = {
-            "activations": rule,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "padding": place.padding,
-        }
+        attributes = {"activations": rule} | attributes_of(layer, place.padding)
         if kind == "fp4_linear":
             attributes |= {"format": self.weights, "four_over_six": self.four_over_six and rule == "nvfp4"}
         elif kind == "int_linear":

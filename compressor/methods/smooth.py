@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ LIMIT = 2.0**14  # scales stay in 2^±14, so that neither side leaves float16 fo
 @dataclass(frozen=True)
 class Smooth:
     """`alpha` is smoothquant's. `weights`, `activations`, `group_size` say how a later step quantizes, for awq."""
+
+    whole: ClassVar[bool] = False
 
     rule: Literal["smoothquant", "awq"] = "smoothquant"
     alpha: float = 0.5

@@ -12,6 +12,8 @@ from compressor.statistics import Statistic
 
 @runtime_checkable
 class Transform(Protocol):
+    whole: bool  # whether `fold` is called once, for the whole model, instead of block by block
+
     def fold_needs(self) -> set[type[Statistic]]:
         """The statistics of every input that `fold` looks at."""
 
