@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor import Recipe, compress
 from compressor.data import text_of, windows
-from compressor.evaluate import measure, paired_interval, torch_runner
+from compressor.evaluate import Runner, measure, paired_interval, torch_runner
 from compressor.folder import coverage
 from compressor.model import load_model
 
@@ -28,6 +28,10 @@ RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
 NVFP4 = [f"{step}.{option}=nvfp4" for step in ("rotate", "quantize") for option in ("weights", "activations")]
 FOLDED = ["rotate.inputs=0", "rotate.residual=hadamard", "rotate.values=true"]
+AWQ = ["smooth.rule=awq", "smooth.weights=int4", "smooth.activations=none", "smooth.group_size=64"]
+AWQ += ["quantize.weights=int4", "quantize.activations=none", "quantize.group_size=64"]
+AWQ += ["quantize.rounding=nearest", "quantize.guard=0"]
+ONE_SCALE = ["outlier_tune.alpha=0", "outlier_tune.static_within=1000000", "outlier_tune.rounding=nearest"]
 # Row -> (recipe, overrides, the row it is compared with).
 ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a4-rtn, abs-max scales": ("w4a4-rtn", ["quantize.scales=absmax"], None),
@@ -55,7 +59,15 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "mxfp4-hadamard, every input": ("mxfp4-hadamard", ["rotate.where=all"], "mxfp4-hadamard"),
     "mxfp4-hadamard without GPTQ": ("mxfp4-hadamard", ["quantize.rounding=nearest"], "mxfp4"),
     "mxfp4, R1 and R2 instead": ("mxfp4-hadamard", FOLDED, "mxfp4-hadamard"),
+    "w4a16 g64": ("w4a16-gptq", ["quantize.rounding=nearest"], None),
+    "w4a16 g64 with AWQ": ("w4a4", AWQ, "w4a16 g64"),
+    "fp4-mixed": ("fp4-mixed", [], None),
     "w8a8": ("w8a8", [], None),
+    "w8a8-outliertune": ("w8a8-outliertune", [], "w8a8"),
+    "w8a8-outliertune nearest": ("w8a8-outliertune", ["outlier_tune.rounding=nearest"], "w8a8"),
+    "w8a8 static, one scale": ("w8a8-outliertune", ONE_SCALE, "w8a8-outliertune nearest"),
+    "w6a6-outliertune": ("w6a6-outliertune", [], None),
+    "w6a6 static, one scale": ("w6a6-outliertune", ONE_SCALE, "w6a6-outliertune"),
     "fp8": ("fp8", [], None),
     "llm-fp4 absmax": ("llm-fp4", ["fp4.search=absmax", "fp4.shift=false"], None),
     "llm-fp4": ("llm-fp4", [], "llm-fp4 absmax"),
@@ -64,6 +76,21 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "llm-fp4 rows": ("llm-fp4", ["fp4.block=null"], "llm-fp4"),
     "llm-fp4 W4A8": ("llm-fp4", ["fp4.activation_bits=8"], "llm-fp4"),
 }
+
+
+def cache(run: Runner, windows: int) -> Runner:
+    """The original's logits, computed once for all rows where 100 MB a window are little."""
+    if windows > 64:
+        return run
+    known: dict[bytes, Tensor] = {}
+
+    def cached(ids: Tensor) -> Tensor:
+        key = ids.numpy().tobytes()
+        if key not in known:
+            known[key] = run(ids)
+        return known[key]
+
+    return cached
 
 
 def main() -> None:
@@ -80,6 +107,7 @@ def main() -> None:
     original = load_model(arguments.model, arguments.device)
     test = windows(original.tokenizer, text_of(arguments.text)[0], arguments.windows, 512)
     print("| row | bits a weight | perplexity | KL | top-1 | KL minus the reference's |\n|---|---|---|---|---|---|")
+    base = cache(torch_runner(original.model), arguments.windows)
     kls: dict[str, Tensor] = {}
     for name in arguments.rows:
         start = time.monotonic()
@@ -87,7 +115,7 @@ def main() -> None:
         recipe = Recipe.load(recipe_name, [*overrides, f"calibration.windows={arguments.calibration_windows}"])
         artifact = compress(original.model, recipe, tokenizer=original.tokenizer, data=arguments.data, measure=False)
         model = artifact.model(dense=True, device=arguments.device)
-        found = measure(torch_runner(model), test, torch_runner(original.model))
+        found = measure(torch_runner(model), test, base)
         kls[name] = found.kl
         line = {
             "commit": git.stdout.strip(),

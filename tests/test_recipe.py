@@ -149,7 +149,7 @@ def test_extends_errors(write):
 
 def test_unknown_recipe(write):
     message = error_of("w4a5.yaml")
-    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: fp8, llm-fp4," in message
+    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: fp4-mixed, fp8, llm-fp4," in message
     assert "no recipe ''" in error_of("")
     Path("folder.yaml").mkdir()
     assert "no recipe 'folder.yaml'" in error_of("folder.yaml")
