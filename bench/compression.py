@@ -1,9 +1,11 @@
-"""How long and how large: our NVFP4 W4A4 beside llm-compressor's oneshot, same model, windows and machine.
+"""How long and how large: ours beside llm-compressor's oneshot, same model, format, windows and machine.
 
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 32 64 --repeats 3
+    .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 64 --job gptq
 
-Ours is `--recipe w4a4-rtn`, the whole command without evaluation and verification, the ONNX export included (which the
-peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it
+Jobs: `nvfp4`, NVFP4 weights and activations to nearest (`--recipe w4a4-rtn`; scheme NVFP4), and `gptq`, INT4 weights in
+groups of 64 by GPTQ (`--recipe w4a16-gptq`; its W4A16, groups of 128, refuses this model's width). Ours is the whole
+command without evaluation and verification, the ONNX export included (which the peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it
 its rows are missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own,
 timed from its start, with its peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
 """
@@ -25,18 +27,25 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "compression.jsonl"
 PEER = ROOT / ".venv-peers" / "bin" / "python"
 
+RECIPES = {"nvfp4": "w4a4-rtn", "gptq": "w4a16-gptq"}
 PEER_PROGRAM = """
 import sys, torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
-source, text, windows, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+source, text, windows, out, job = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(source)
 ids = tokenizer(open(text, encoding="utf-8").read())["input_ids"]
 rows = [{"input_ids": ids[i * 512 : (i + 1) * 512], "attention_mask": [1] * 512} for i in range(windows)]
-recipe = QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
+weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+if job == "gptq":
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
+else:
+    recipe = QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])
 data = Dataset.from_list(rows)
 oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=windows)
 model.save_pretrained(out, save_compressed=True)
@@ -50,8 +59,8 @@ loaded.tokenizer.save_pretrained(sys.argv[1])
 """
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of one process. Raises when it fails."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """(seconds, CPU seconds, peak resident bytes) of one process. Raises when it fails."""
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -59,7 +68,7 @@ def run(command: list[str]) -> tuple[float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{command[0]} failed: {errors[-2000:]}")
-    return time.monotonic() - start, usage.ru_maxrss * 1024
+    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -67,6 +76,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--job", choices=list(RECIPES), default="nvfp4")
     arguments = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -76,7 +86,7 @@ def main() -> None:
         source = f"{scratch}/model"
         subprocess.run([sys.executable, "-c", SOURCE_PROGRAM, source], check=True)
         for windows in arguments.windows:
-            ours = [sys.executable, "-m", "compressor", "--recipe", "w4a4-rtn", "--model", source]
+            ours = [sys.executable, "-m", "compressor", "--recipe", RECIPES[arguments.job], "--model", source]
             ours += [
                 "--data",
                 arguments.text,
@@ -88,19 +98,21 @@ def main() -> None:
                 "--out",
                 f"{scratch}/ours",
             ]
-            peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer"]
+            peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer", arguments.job]
             programs = {"compressor": ours} | ({"llm-compressor": peer} if PEER.exists() else {})
             for name, command in programs.items():
                 measured = [run(command) for _ in range(arguments.repeats)]
-                seconds = [s for s, _ in measured]
+                seconds = [s for s, _, _ in measured]
                 line = {
                     "commit": commit,
                     "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                    "job": arguments.job,
                     "program": name,
                     "windows": windows,
                     "seconds": round(statistics.median(seconds), 1),
                     "seconds_range": [round(min(seconds), 1), round(max(seconds), 1)],
-                    "peak_mb": round(max(m for _, m in measured) / 1e6),
+                    "cpu_seconds": round(statistics.median(c for _, c, _ in measured), 1),
+                    "peak_mb": round(max(m for _, _, m in measured) / 1e6),
                 }
                 lines.append(line)
                 print(json.dumps(line), flush=True)

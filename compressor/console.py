@@ -201,7 +201,7 @@ def how_to_load(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[str, st
             lines["onnxruntime-genai"] = f"onnxruntime_genai.Model({out})"
     for name, answer in manifest.get("loads_in", {}).items():
         if name in lines and answer != "yes":
-            lines[name] = f"no: {answer}"
+            lines[name] = answer if answer.startswith("no:") else f"{lines[name]}  ({answer})"
     return list(lines.items())
 
 

@@ -130,7 +130,7 @@ def _validated(document: Document) -> Recipe:
     if isinstance(data.get("steps"), list):
         data["steps"] = [_shaped(document, i, step, METHODS) for i, step in enumerate(data["steps"])]
     recipe: Recipe = _checked(Recipe, data, document, ())
-    steps = []
+    steps: list[Step] = []
     for i, step in enumerate(recipe.steps):
         keys: Keys = ("steps", i, step.method)
         options = _checked(METHODS[step.method], step.options, document, keys)
@@ -138,6 +138,9 @@ def _validated(document: Document) -> Recipe:
             if recipe.runtime != "compressor" and getattr(options, name, False) not in (False, "auto"):
                 wrong = f"{name} is not what {recipe.runtime} computes; set runtime: compressor, or drop it."
                 raise RecipeError(f"{_place(document, (*keys, name))}: {wrong}")
+        if step.method == "fp4" and any(getattr(s.options, "inputs", 0) for s in steps):
+            wrong = "fp4 does not store inputs that an earlier step rotates; use quantize, or rotate values."
+            raise RecipeError(f"{_place(document, keys)}: {wrong}")
         steps.append(step.model_copy(update={"options": options}))
     return recipe.model_copy(update={"steps": steps})
 

@@ -49,7 +49,10 @@ class Gram(Statistic):
     """Mean of x xᵀ, [K, K]: H = XᵀX / T, what second-order methods work on.
 
     The sum is float32 and stays where the inputs are: at K = 14336 it is 0.8 GB, too much to move for every window.
+    It is symmetric, so only the blocks on and above the diagonal are added up: 5/8 of the products.
     """
+
+    PARTS = 4
 
     def __init__(self, features: int):
         self.features = features
@@ -63,7 +66,10 @@ class Gram(Statistic):
         x = x.float()
         if self.total is None:
             self.total = x.new_zeros(self.features, self.features)
-        self.total.addmm_(x.T, x)
+        width = -(-self.features // self.PARTS)
+        for start in range(0, self.features, width):
+            rows = slice(start, start + width)
+            self.total[rows, start:].addmm_(x[:, rows].T, x[:, start:])
         self.tokens += len(x)
 
     def merge(self, other: Self) -> None:
@@ -74,7 +80,8 @@ class Gram(Statistic):
     def value(self) -> Tensor:
         self._require_tokens()
         assert self.total is not None
-        return self.total / self.tokens
+        upper = self.total.triu()
+        return (upper + self.total.triu(1).T).div_(self.tokens)
 
 
 class BlockNoise(Statistic):

@@ -511,3 +511,10 @@ def test_residual_after_inputs_says_which_comes_first(tiny):
     changed, _ = rotated(as_loaded(tiny("llama")).model, inputs=32, where="all")
     with pytest.raises(ModelError, match="q_proj rotates its input already; put residual before inputs"):
         Rotate(residual="hadamard").fold(changed, calibrate(changed, IDS[:1], ()))
+
+
+def test_fp4_says_that_it_takes_no_rotated_input(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("runtime: compressor\nsteps:\n  - rotate: {inputs: 32}\n  - fp4: {bits: 4}\n")
+    with pytest.raises(RecipeError, match=r"r.yaml.*fp4 does not store inputs that an earlier step rotates"):
+        Recipe.load(recipe)
