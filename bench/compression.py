@@ -5,9 +5,10 @@
 
 Jobs: `nvfp4`, NVFP4 weights and activations to nearest (`--recipe w4a4-rtn`; scheme NVFP4), and `gptq`, INT4 weights in
 groups of 64 by GPTQ (`--recipe w4a16-gptq`; its W4A16, groups of 128, refuses this model's width). Ours is the whole
-command without evaluation and verification, the ONNX export included (which the peer does not do). The peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it
-its rows are missing. Both read the same fp32 folder, made once from the demo model; each run is a process of its own,
-timed from its start, with its peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
+command without evaluation and verification, the ONNX export included (which the peer does not do). The peer runs in
+`.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it its rows are missing. Both read the
+same fp32 folder, made once from the demo model; each run is a process of its own, timed from its start, with its CPU
+time and peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def main() -> None:
                 "--out",
                 f"{scratch}/ours",
             ]
-            peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer", arguments.job]
+            peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer"]
+            peer += [arguments.job]
             programs = {"compressor": ours} | ({"llm-compressor": peer} if PEER.exists() else {})
             for name, command in programs.items():
                 measured = [run(command) for _ in range(arguments.repeats)]
