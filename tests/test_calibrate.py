@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.blockwise import run_blocks
+from compressor.blockwise import placed, record, run_blocks
 from compressor.calibrate import Site, calibrate, sites
 from compressor.errors import DataError, ModelError, NumericsError
 from compressor.model import as_loaded, blocks, linears
@@ -267,3 +267,28 @@ def test_leaves_no_hook_and_no_file(tiny, tmp_path, monkeypatch):
     calibrate(model, tokens(), {AbsMax})
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_a_block_visits_a_device_and_comes_back_untouched():
+    block = torch.nn.Linear(3, 5)
+    weight, where, values = block.weight, block.weight.data_ptr(), block.weight.detach().clone()
+    with placed(block, "cuda"):
+        assert block.weight is weight and weight.is_cuda
+        block.bias = torch.nn.Parameter(torch.ones(5, device="cuda"))  # what a fold leaves
+    assert block.weight is weight and weight.data_ptr() == where and torch.equal(weight, values)
+    assert torch.equal(block.bias, torch.ones(5))
+    with placed(block, None):
+        assert not weight.is_cuda
+
+
+def test_stand_ins_leave_no_trace_and_see_what_happens_between_blocks(tiny):
+    model = as_loaded(tiny("llama")).model
+    named = blocks(model)
+    expected = model(tokens(1, 8)).logits
+    record(model, tokens(1, 8)[0], named)
+    assert all("forward" not in vars(block) for _, block in named)
+    assert torch.equal(model(tokens(1, 8)).logits, expected)
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(ModelError, match="its input is not the previous block's output"):
+        record(model, tokens(1, 8)[0], named)
