@@ -28,9 +28,6 @@ RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
 NVFP4 = [f"{step}.{option}=nvfp4" for step in ("rotate", "quantize") for option in ("weights", "activations")]
 FOLDED = ["rotate.inputs=0", "rotate.residual=hadamard", "rotate.values=true"]
-AWQ = ["smooth.rule=awq", "smooth.weights=int4", "smooth.activations=none", "smooth.group_size=64"]
-AWQ += ["quantize.weights=int4", "quantize.activations=none", "quantize.group_size=64"]
-AWQ += ["quantize.rounding=nearest", "quantize.guard=0"]
 ONE_SCALE = ["outlier_tune.alpha=0", "outlier_tune.static_within=1000000", "outlier_tune.rounding=nearest"]
 # Row -> (recipe, overrides, the row it is compared with).
 ROWS: dict[str, tuple[str, list[str], str | None]] = {
@@ -52,15 +49,16 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
     "nvfp4a16-small": ("nvfp4a16-small", [], "nvfp4a16"),
     "w4a16": ("w4a16", [], None),
-    "w4a16-gptq": ("w4a16-gptq", [], "w4a16"),
     "mxfp4": ("mxfp4", [], None),
     "mxfp4-hadamard without rotation": ("mxfp4", ["quantize.rounding=gptq"], "mxfp4"),
     "mxfp4-hadamard": ("mxfp4-hadamard", [], "mxfp4-hadamard without rotation"),
     "mxfp4-hadamard, every input": ("mxfp4-hadamard", ["rotate.where=all"], "mxfp4-hadamard"),
     "mxfp4-hadamard without GPTQ": ("mxfp4-hadamard", ["quantize.rounding=nearest"], "mxfp4"),
     "mxfp4, R1 and R2 instead": ("mxfp4-hadamard", FOLDED, "mxfp4-hadamard"),
-    "w4a16 g64": ("w4a16-gptq", ["quantize.rounding=nearest"], None),
-    "w4a16 g64 with AWQ": ("w4a4", AWQ, "w4a16 g64"),
+    "w4a16 g64": ("w4a16", ["quantize.group_size=64"], None),
+    "w4a16 g64 with AWQ": ("w4a16-gptq", ["quantize.rounding=nearest"], "w4a16 g64"),
+    "w4a16 g64 with GPTQ": ("w4a16", ["quantize.group_size=64", "quantize.rounding=gptq"], "w4a16 g64"),
+    "w4a16-gptq": ("w4a16-gptq", [], "w4a16 g64 with GPTQ"),
     "fp4-mixed": ("fp4-mixed", [], None),
     "w8a8": ("w8a8", [], None),
     "w8a8-outliertune": ("w8a8-outliertune", [], "w8a8"),
