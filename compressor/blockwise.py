@@ -194,15 +194,16 @@ def _standing_in(
     """Each block's forward is function(number, args, kwargs); gives the blocks' own ones."""
     modules = [block for _, block in blocks(model)]
     own = [block.forward for block in modules]
-    held = [dict(vars(block)) for block in modules]
+    held = [vars(block).get("forward") for block in modules]  # accelerate, for one, puts its own there
     try:
         for number, block in enumerate(modules):
             block.forward = lambda *args, _number=number, **kwargs: function(_number, args, kwargs)  # type: ignore
         yield own
     finally:
         for block, before in zip(modules, held, strict=True):
-            vars(block).pop("forward")
-            vars(block).update({k: v for k, v in before.items() if k == "forward"})
+            del block.forward
+            if before is not None:
+                block.forward = before
 
 
 class _Stop(Exception):

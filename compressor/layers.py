@@ -117,7 +117,17 @@ class QuantLinear(QuantModule):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """float32 values that the op multiplies the weights with."""
-        return act.quantize(x, self.attributes["activations"], hadamard=self.hadamard)
+        a = self.attributes
+        return act.quantize(
+            x,
+            a["activations"],
+            self.optional("input_global_scale"),
+            a.get("four_over_six", False),
+            self.optional("input_scale"),
+            self.optional("input_offset"),
+            self.optional("input_shift"),
+            self.hadamard,
+        )
 
     @property
     def hadamard(self) -> int:
@@ -145,15 +155,6 @@ class FP4Linear(QuantLinear):
             self.stored("weight_packed"), self.stored("weight_scale"), self.optional("weight_global_scale")
         )
 
-    def quantize_input(self, x: Tensor) -> Tensor:
-        return act.quantize(
-            x,
-            self.attributes["activations"],
-            self.optional("input_global_scale"),
-            self.attributes["four_over_six"],
-            hadamard=self.hadamard,
-        )
-
 
 class IntLinear(QuantLinear):
     def values(self) -> Tensor:
@@ -172,15 +173,6 @@ class IntLinear(QuantLinear):
             self.optional("input_scale"),
             self.optional("input_offset"),
             self.hadamard,
-        )
-
-    def quantize_input(self, x: Tensor) -> Tensor:
-        return act.quantize(
-            x,
-            self.attributes["activations"],
-            input_scale=self.optional("input_scale"),
-            input_offset=self.optional("input_offset"),
-            hadamard=self.hadamard,
         )
 
     def dequantize(self) -> Tensor:
@@ -221,14 +213,6 @@ class FloatLinear(QuantLinear):
             self.optional("bias"),
             self.attributes["format"],
             self.attributes["activations"],
-        )
-
-    def quantize_input(self, x: Tensor) -> Tensor:
-        return act.quantize(
-            x,
-            self.attributes["activations"],
-            input_scale=self.optional("input_scale"),
-            input_shift=self.optional("input_shift"),
         )
 
     def dequantize(self) -> Tensor:

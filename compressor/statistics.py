@@ -81,7 +81,7 @@ class Gram(Statistic):
         self._require_tokens()
         assert self.total is not None
         upper = self.total.triu()
-        return (upper + self.total.triu(1).T).div_(self.tokens)
+        return upper.add_(upper.triu(1).T).div_(self.tokens)
 
 
 class BlockNoise(Statistic):

@@ -29,13 +29,11 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: partial(codec.round_float, format=element) for name, element in codec.FLOATS.items()},
 }
 
-
+_FLOATS = codec.FLOATS | {"nvfp4": codec.E2M1, "mxfp4": codec.E2M1, "fp8": codec.FLOATS["e4m3"]}
 # The same grids as kernels take them: lowest and highest code, smallest binade (0: integers), spacing over binade.
-LIMITS = {
-    "nvfp4": (-6.0, 6.0, 1.0, 0.5),
-    "mxfp4": (-6.0, 6.0, 1.0, 0.5),
-    "fp8": (-448.0, 448.0, 2.0**-6, 2.0**-3),
-} | {f"int{b}": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 0.0, 1.0) for b in (2, 4, 6, 8)}
+LIMITS = {name: (-f.top, f.top, 2.0**f.lowest, 2.0**-f.mantissa) for name, f in _FLOATS.items()} | {
+    f"int{b}": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 0.0, 1.0) for b in (2, 4, 6, 8)
+}
 
 
 @dataclass(frozen=True)
