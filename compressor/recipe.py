@@ -219,7 +219,7 @@ def _sentence(keys: Keys, wrong: Any) -> str:
     if kind == "missing":
         return f"'{words[-1]}' is missing; add it."
     if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
+        allowed = re.findall(r"[^\s',]+", context["expected"].replace(" or ", " "))  # quoted names, bare numbers
         return f"{name} is {_shown(got)}; {nearest(str(got), allowed)}"
     allowed_kind = KINDS[kind].format(**context) if kind in KINDS else wrong["msg"].replace("Input should be ", "")
     return f"{name} is {_shown(got)}; allowed: {allowed_kind}."

@@ -319,3 +319,8 @@ def test_every_option_of_every_method_can_be_given_by_name(write):
         given = {f.name: f.default for f in fields(method) if f.default is not MISSING} | required.get(name, {})
         recipe = Recipe.from_dict({"steps": [{name: given}]})
         assert recipe.steps[0].options == method(**given)
+
+
+def test_allowed_numbers_are_listed():
+    assert error_of("llm-fp4", "fp4.bits=5").endswith("bits is 5; Allowed: 4, 6, 8.")
+    assert error_of("mxfp4-hadamard", "rotate.inputs=48").endswith("inputs is 48; Allowed: 0, 16, 32, 64.")
