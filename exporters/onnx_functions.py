@@ -289,11 +289,11 @@ def _float_values(op: Body, packed: ir.Value, element: Float, block: int) -> ir.
     block 0: all of a row.
     """
     if element.bits != 6:
-        return _lookup(op, op.Reshape(packed, [0, -1, block * element.bits // 8] if block else [0, 1, -1]), element.values)
+        return _lookup(
+            op, op.Reshape(packed, [0, -1, block * element.bits // 8] if block else [0, 1, -1]), element.values
+        )
     cells = op.Reshape(packed, [0, -1, block // 4, 3] if block else [0, 1, -1, 3])
-    word = op.ReduceSum(
-        op.Mul(op.Cast(cells, to=INT32), np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1
-    )
+    word = op.ReduceSum(op.Mul(op.Cast(cells, to=INT32), np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
     codes = op.Mod(op.Div(word, np.array([1, 1 << 6, 1 << 12, 1 << 18], np.int32)), np.array([64], np.int32))
     return op.Gather(np.array(element.values, np.float32), codes)
 
