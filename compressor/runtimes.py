@@ -33,16 +33,22 @@ class OnnxSession:
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.past_names = [n for n in self.inputs if n.startswith("past_key_values.")]
 
-    def run(self, ids: Tensor, past: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """All outputs by name for ids [B, L] after `past` (as returned by `past_of`; empty when None)."""
+    def run(
+        self, ids: Tensor, past: dict[str, np.ndarray] | None = None, mask: Tensor | None = None
+    ) -> dict[str, np.ndarray]:
+        """All outputs by name for ids [B, L] after `past` (a cache that `prefill` returned; empty when None).
+
+        mask: [B, L], 0 where a text is padded, for a prefill; None: nowhere.
+        """
         batch, length = ids.shape
         if past is None:
             past = {n: np.zeros(self._past_shape(n, batch), np.float32) for n in self.past_names}
         seen = next(iter(past.values())).shape[2] if past else 0
-        positions = torch.arange(seen, seen + length).expand(batch, -1)
+        attended = torch.ones(batch, seen + length, dtype=torch.long) if mask is None else mask
+        positions = positions_of(attended)[:, seen:]
         feeds = {
             "input_ids": ids.numpy(),
-            "attention_mask": np.ones((batch, seen + length), np.int64),
+            "attention_mask": attended.numpy(),
             "position_ids": positions.numpy(),
             "token_type_ids": np.zeros((batch, length), np.int64),
             **past,
@@ -69,6 +75,11 @@ class OnnxSession:
     def _past_shape(self, name: str, batch: int) -> list[int]:
         heads, size = self.inputs[name].shape[1], self.inputs[name].shape[3]
         return [batch, heads, 0, size]
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """[B, L] of a mask: a padded text starts at 0 where it starts."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def torch_greedy(model: torch.nn.Module, ids: Tensor, count: int) -> list[int]:

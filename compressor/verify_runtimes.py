@@ -6,6 +6,7 @@ runs first and leaves its reference outputs in SCRATCH for the others; RESULT is
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -38,6 +39,14 @@ def prompt(artifact: Artifact) -> Tensor:
     return windows(artifact.tokenizer, text_of(None)[0], 1, PROMPT_TOKENS)
 
 
+def padded_pair(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [2, L], mask [2, L]): the prompt [1, L], and its second half padded on the left, as `generate` pads."""
+    half = ids.shape[1] // 2
+    mask = torch.ones(2, ids.shape[1], dtype=torch.long)
+    mask[1, :half] = 0
+    return ids.expand(2, -1) * mask, mask
+
+
 def rounds_activations(artifact: Artifact) -> bool:
     return any(p.attributes.get("activations", "none") != "none" for p in artifact.packed.values())
 
@@ -67,7 +76,7 @@ def _output(model: torch.nn.Module, ids: Tensor) -> np.ndarray:
 
 def check_torch(folder: Path, scratch: Path) -> list[Check]:
     """compressor.load: leaves the reference of the other runtimes, and the model's own rounding noise."""
-    from compressor.runtimes import torch_greedy
+    from compressor.runtimes import positions_of, torch_greedy
 
     artifact = load(folder)
     ids = prompt(artifact)
@@ -93,6 +102,10 @@ def check_torch(folder: Path, scratch: Path) -> list[Check]:
         found = relative(step.logits[:, -1].float().numpy(), reference["smooth"][:, -1])
         rows.append(_within("torch", "cached decode", found, GRAPH_TOLERANCE))
         reference["greedy"] = np.array(torch_greedy(model, ids, GREEDY_TOKENS))
+        pair, mask = padded_pair(ids)
+        positions = {"position_ids": positions_of(mask)} if _takes_positions(model) else {}
+        with torch.inference_mode():
+            reference["batch"] = model(input_ids=pair, attention_mask=mask, **positions).logits.numpy()
     np.savez(scratch / "reference.npz", noise=noise, ids=ids.numpy(), **reference)
     return rows
 
@@ -145,6 +158,9 @@ def check_onnxruntime(folder: Path, scratch: Path) -> list[Check]:
         rows.append(
             _tokens("onnxruntime", f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist())
         )
+        pair, mask = padded_pair(ids)
+        found = relative(smooth.run(pair, mask=mask)["logits"][mask.bool()], reference["batch"][mask.bool()])
+        rows.append(_within("onnxruntime", f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
     return rows
 
 
@@ -245,6 +261,10 @@ def _noise(runtime: str, expected: np.ndarray, found: np.ndarray, noise: float) 
     distance = divergence(expected, found) if np.isfinite(found).all() else float("inf")
     status = OK if distance <= NOISE_FACTOR * noise + 1e-3 else FAILED
     return Check(runtime, "as deployed", status, f"KL {distance:.1e} to torch, rounding noise {noise:.1e}")
+
+
+def _takes_positions(model: torch.nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _until_end(artifact: Artifact, found: list[int], expected: list[int]) -> tuple[list[int], list[int]]:
