@@ -92,7 +92,7 @@ class Recipe(_Frozen):
 
 
 # Options that change what activations are rounded to, in a way that only our own ops carry out.
-OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs")
+OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs", "hadamard")
 
 
 def _overridden(document: Document, overrides: Sequence[str]) -> Document:
