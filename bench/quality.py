@@ -28,7 +28,7 @@ RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
 NVFP4 = [f"{step}.{option}=nvfp4" for step in ("rotate", "quantize") for option in ("weights", "activations")]
 FOLDED = ["rotate.inputs=0", "rotate.residual=hadamard", "rotate.values=true"]
-ONE_SCALE = ["outlier_tune.alpha=0", "outlier_tune.static_within=1000000", "outlier_tune.rounding=nearest"]
+ONE_SCALE = [f"outlier_tune.{o}" for o in ("alpha=0", "static_within=1000000", "hadamard=0", "rounding=nearest")]
 # Row -> (recipe, overrides, the row it is compared with).
 ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a4-rtn, abs-max scales": ("w4a4-rtn", ["quantize.scales=absmax"], None),
@@ -65,6 +65,10 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w8a8-outliertune nearest": ("w8a8-outliertune", ["outlier_tune.rounding=nearest"], "w8a8"),
     "w8a8 static, one scale": ("w8a8-outliertune", ONE_SCALE, "w8a8-outliertune nearest"),
     "w6a6-outliertune": ("w6a6-outliertune", [], None),
+    "w6a6-outliertune without rotation": ("w6a6-outliertune", ["outlier_tune.hadamard=0"], "w6a6-outliertune"),
+    "w6a6-outliertune without offsets": ("w6a6-outliertune", ["outlier_tune.symmetrize=auto"], "w6a6-outliertune"),
+    "w6a6-outliertune nearest": ("w6a6-outliertune", ["outlier_tune.rounding=nearest"], "w6a6-outliertune"),
+    "w6a6-outliertune, no fixed range": ("w6a6-outliertune", ["outlier_tune.static_within=0"], "w6a6-outliertune"),
     "w6a6 static, one scale": ("w6a6-outliertune", ONE_SCALE, "w6a6-outliertune"),
     "fp8": ("fp8", [], None),
     "llm-fp4 absmax": ("llm-fp4", ["fp4.search=absmax", "fp4.shift=false"], None),
