@@ -1,8 +1,8 @@
 """The tables that are `auto`: what each way to store them takes and costs, for the budget of a mixed_bits step.
 
 A table is one more group of allocation.py's integer program, with every format of tables.py that its rows fit. Its cost
-is in the unit of the linears', from the same few windows (sensitivity.py). As a head it is a linear; as an embedding, it
-has the errors of the rows that are read, each weighed with its gradient. A tied table is stored once and costs both.
+is in the unit of the linears', from the same few windows (sensitivity.py). As a head it is a linear; as an embedding
+it has the errors of the rows that are read, weighed with their gradient. A tied table is stored once and costs both.
 """
 
 from __future__ import annotations

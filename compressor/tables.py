@@ -102,7 +102,7 @@ def fitting(rows: int, columns: int) -> dict[str, Placement]:
     found = {
         choice: replace(place, size_bytes=place.size_bytes + EXTRA_BYTES[place.format])
         for choice, place in placed.items()
-        if place.format is not None and not place.padding
+        if place.format is not None
     }
     return found | {"bf16": Placement(kept="recipe: bf16", size_bytes=rows * columns * 2)}
 

@@ -30,6 +30,11 @@ MEGABYTE = 1_000_000
 INPUT_NOISE = {"none": 0.0, "nvfp4": 1.0, "mxfp4": 1.0, "int8": EIGHT_BIT_NOISE, "fp8": EIGHT_BIT_NOISE}
 
 
+# What GPTQ leaves of the KL that rounding to nearest costs: 0.66 for NVFP4, 0.52 for INT4 (docs/gptq.md). Formats are
+# compared to nearest, and this weighs them against what GPTQ does not touch: tables and rounded inputs.
+GPTQ_SHARE = 0.6
+
+
 @dataclass(frozen=True)
 class Decision:
     """The format of every layer of a step, and the allocation that led to it, by site."""
@@ -174,6 +179,7 @@ class MixedBits:
         }
         planned = {choice: method.plan(layers, calibration) for choice, method in nearest.items()}
         sites = _sites(layers, calibration)
+        left = GPTQ_SHARE if self.rounding == "gptq" else 1.0
         groups: dict[str, list[Choice]] = {}
         for group, names in sites.items():
             totals: dict[str, tuple[int, float]] = {}
@@ -185,7 +191,7 @@ class MixedBits:
                 for choice, (size, cost) in weighed.items():
                     before = totals.get(choice, (0, 0.0))
                     share = INPUT_NOISE[self._activations(choice)]
-                    totals[choice] = (before[0] + size, before[1] + cost + share * inputs)
+                    totals[choice] = (before[0] + size, before[1] + left * cost + share * inputs)
             if totals:
                 groups[group] = [Choice(choice, *total) for choice, total in totals.items()]
         weights = sum(layers[name].weight.numel() for group in groups for name in sites[group])
