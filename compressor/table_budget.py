@@ -56,26 +56,32 @@ def weighed(
     for name, table in tables.items():
         module = model.get_submodule(name)
         weight = module.weight.detach()
-        read = name == embedding
         written = head if name == head or is_tied(model) else None
-        places = fitting(*weight.shape)
         options = []
         for choice in table.choices:
-            if choice.name == "bf16":
-                stored = weight.bfloat16()
-            else:
-                packed = packed_table(module, choice.name, places[choice.name], importance if written else None)
-                stored = build(packed).dequantize()
+            stored = _decoded(module, choice.name, importance if written else None)
             cost = 0.0
-            if written:
-                rows = fisher.weights[written] if fisher else None
-                cost += costs(weight, {"": stored}, importance, rows)[""]
-            if read and fisher is not None:
-                assert fisher.rows is not None
-                cost += row_costs(weight, stored, fisher.rows)
-            elif read:
-                ids = windows.flatten().to(weight.device)
-                cost += costs(weight[ids], {"": stored[ids]}, None, None)[""]
+            if written is not None:
+                cost += costs(weight, {"": stored}, importance, fisher.weights[written] if fisher else None)[""]
+            if name == embedding:
+                cost += _when_read(weight, stored, windows, fisher)
             options.append(replace(choice, cost=cost))
         found[name] = replace(table, choices=tuple(options))
     return found
+
+
+def _decoded(module: Any, choice: str, importance: Tensor | None) -> Tensor:
+    """What a table holds once it is stored, [V, K]."""
+    weight = module.weight.detach()
+    if choice == "bf16":
+        return weight.bfloat16()
+    return build(packed_table(module, choice, fitting(*weight.shape)[choice], importance)).dequantize()
+
+
+def _when_read(weight: Tensor, stored: Tensor, windows: Tensor, fisher: Fisher | None) -> float:
+    """The cost of an embedding; without Fisher information the relative error of what the windows read."""
+    if fisher is not None:
+        assert fisher.rows is not None, "the Fisher information of this table's rows was not asked for"
+        return row_costs(weight, stored, fisher.rows)
+    ids = windows.flatten().to(weight.device)
+    return costs(weight[ids], {"": stored[ids]}, None, None)[""]
