@@ -100,7 +100,7 @@ class OutlierTune:
     alpha: float | Literal["auto"] = "auto"  # the share of s, as a power, that is folded; 1.0 is the paper
     symmetrize: bool | Literal["auto"] = "auto"
     static_within: float = 2.0  # static where the error is at most this many times that of one scale a token
-    hadamard: Literal[0, 16, 32, 64] = 0  # rotate inputs with a scale a token in such blocks where that lowers the error
+    hadamard: Literal[0, 16, 32, 64] = 0  # blocks that rotate inputs with a scale a token where that pays
     static_down: bool = False  # second linears of an MLP too; their inputs have tails that calibration does not show
     scales: Literal["absmax", "mse", "weighted"] = "weighted"
     rounding: Literal["nearest", "gptq"] = "nearest"
