@@ -1,0 +1,132 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace compressor {
+namespace {
+
+constexpr int64_t TOKENS_AT_ONCE = 128;  // their inputs stay in the second-level cache while weights stream by
+constexpr int64_t TASK_WEIGHTS = 1 << 16, TASK_TOKENS = 16, MAX_TASKS = 128;
+
+// Grown, never shrunk, one for each calling thread: at most 128 tokens of the widest layer.
+float* scratch(size_t floats) {
+  thread_local std::vector<float> memory;
+  if (memory.size() < floats) memory.resize(floats);
+  return memory.data();
+}
+
+}  // namespace
+
+void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, const float* bias, float* y,
+            const Threads& threads) {
+  const Isa& kernels = isa();
+  const int64_t width = padded(m.columns), block = r.block(m.columns), steps = m.columns / std::max<int64_t>(block, 1);
+  const int64_t parts = (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t start = tokens * part / parts, count = tokens * (part + 1) / parts - start;
+    float* arranged = scratch(size_t(count * width));
+    const int64_t groups = (count + TASK_TOKENS - 1) / TASK_TOKENS;
+    threads.each(size_t(groups), [&](size_t group) {
+      thread_local std::vector<float> row;
+      row.resize(size_t(m.columns + steps));
+      float *codes = row.data(), *step = codes + m.columns;
+      for (int64_t t = int64_t(group) * TASK_TOKENS; t < std::min((int64_t(group) + 1) * TASK_TOKENS, count); ++t) {
+        kernels.round(r, x + (start + t) * m.columns, m.columns, codes, step);
+        if (r.rule != Rule::NONE)
+          for (int64_t k = 0; k < m.columns; ++k) codes[k] *= step[k / block];
+        kernels.arrange(m.codes, codes, m.columns, arranged + t * width);
+      }
+    });
+    const int64_t work = m.rows * m.columns * (count > 1 ? std::max<int64_t>(count / 4, 1) : 1);
+    const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
+    const int64_t rows = ((m.rows + tasks - 1) / tasks + 3) / 4 * 4;
+    threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
+      const int64_t first = int64_t(task) * rows, last = std::min(first + rows, m.rows);
+      float* out = y + start * m.rows;
+      if (count == 1)
+        kernels.gemv(m, first, last, arranged, out);
+      else
+        kernels.gemm(m, first, last, arranged, count, out);
+      if (bias)
+        for (int64_t t = 0; t < count; ++t)
+          for (int64_t n = first; n < last; ++n) out[t * m.rows + n] += bias[n];
+    });
+  }
+}
+
+Rounding rounding(const char* op, const std::string& activations, const char* allowed) {
+  const std::string list = std::string(", ") + allowed + ",";
+  if (activations.find(',') != std::string::npos || list.find(", " + activations + ",") == std::string::npos)
+    throw unknown(op, "activations", activations, allowed);
+  Rounding r;
+  const size_t end = activations.find("_static");
+  const bool fixed = end != std::string::npos;
+  const std::string name = activations.substr(0, end);
+  if (name == "none") return r;
+  if (name == "nvfp4") {
+    r.rule = Rule::NVFP4;
+  } else if (name == "mxfp4") {
+    r.rule = Rule::MXFP4;
+  } else if (name == "int8" || name == "int6") {
+    r.rule = fixed ? Rule::INT_STATIC : Rule::INT_TOKEN;
+    r.bits = name == "int8" ? 8 : 6;
+  } else {
+    r.rule = fixed ? Rule::FLOAT_STATIC : Rule::FLOAT_TOKEN;
+    r.format = *float_format(name == "fp8" ? "e4m3" : name.c_str());
+  }
+  return r;
+}
+
+void set_hadamard(const char* op, Rounding& r, int64_t hadamard) {
+  if (hadamard < 0 || (hadamard & (hadamard - 1)))
+    throw unknown(op, "hadamard", std::to_string(hadamard), "0 and powers of two");
+  r.hadamard = hadamard;
+}
+
+std::vector<int64_t> output_shape(const Op& op, const Tensor& x, int64_t columns, int64_t rows) {
+  if (x.shape.empty() || x.last() != columns)
+    throw Error(std::string(op.name) + ": x has " + std::to_string(x.last()) + " features, its weight " +
+                std::to_string(columns) + ".");
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = rows;
+  return shape;
+}
+
+void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tensor& divisor) {
+  m.rows = packed.shape[0];
+  m.row_bytes = packed.shape[1];
+  m.columns = m.row_bytes * 2;
+  m.codes = Codes::NIBBLE;
+  m.data = packed.bytes();
+  float_values(*float_format("e2m1"), m.table);
+  m.scales_a_row = scale.shape[1];
+  m.block = m.columns / m.scales_a_row;
+  m.scale_bytes = scale.bytes();
+  if (divisor) {
+    const float* e4m3 = byte_values("e4m3");
+    for (int i = 0; i < 256; ++i) m.step[i] = e4m3[i] / *divisor.floats();
+  } else {
+    for (int i = 0; i < 256; ++i) m.step[i] = e8m0_value(uint8_t(i));
+  }
+}
+
+void int_matrix(Matrix& m, const Tensor& codes, const Tensor& scale, int64_t bits, int64_t group, int64_t columns) {
+  m.rows = codes.shape[0];
+  m.columns = columns;
+  m.data = codes.bytes();
+  m.scales_a_row = scale.shape[1];
+  m.block = group ? group : columns;
+  m.scale_floats = scale.floats();
+  if (codes.type == INT8) {
+    m.codes = Codes::INT8;
+    m.row_bytes = columns;
+    return;
+  }
+  m.row_bytes = codes.shape[1] * 4;
+  m.codes = bits == 8 ? Codes::OFFSET8 : bits == 4 ? Codes::NIBBLE : Codes::CRUMB;
+  for (int i = 0; i < (1 << std::min<int64_t>(bits, 4)); ++i) m.table[i] = float(i - (1 << (bits - 1)));
+}
+
+}  // namespace compressor
