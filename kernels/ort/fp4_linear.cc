@@ -42,21 +42,16 @@ FP4Linear::FP4Linear(const Attributes& attributes) {
 
 std::vector<int64_t> FP4Linear::shape(const std::vector<Tensor>& in) const {
   const Op& op = FP4_LINEAR;
-  expect(op, in, 1, {UINT8}, {-1, -1});
+  expect_fp4(op, in, nvfp4);
   const int64_t rows = in[1].shape[0], columns = in[1].shape[1] * 2;
-  expect(op, in, 2, nvfp4 ? std::vector<int32_t>{FLOAT8E4M3FN} : std::vector<int32_t>{UINT8},
-         {rows, columns / (nvfp4 ? 16 : 32)});
-  if (nvfp4) expect(op, in, 3, {FLOAT32}, {1});
   if (rule.rule == Rule::NVFP4) expect(op, in, 4, {FLOAT32}, {1});
   if (in[5]) expect(op, in, 5, {FLOAT32}, {rows});
-  if (columns % (nvfp4 ? 16 : 32) || columns % rule.block(columns) || (rule.hadamard && columns % rule.hadamard))
-    throw Error("FP4Linear: its blocks do not divide the " + std::to_string(columns) + " in-features.");
-  return output_shape(op, in[0], columns, rows);
+  return output_shape(op, in[0], columns, rows, rule);
 }
 
 void FP4Linear::run(const std::vector<Tensor>& in, float* y, const Threads& threads) const {
   Matrix m;
-  fp4_matrix(m, in[1], in[2], in[3]);
+  fp4_matrix(m, in[1], in[2], nvfp4 ? in[3] : Tensor());
   Rounding r = rule;
   if (r.rule == Rule::NVFP4) r.scale = *in[4].floats();
   linear(m, r, in[0].floats(), in[0].elements() / m.columns, in[5].floats(), y, threads);

@@ -67,14 +67,13 @@ void float_values(const FloatFormat& format, float* values) {
 const float* byte_values(const char* name) {
   struct Table {
     float values[256];
-    explicit Table(const char* name) { float_values(*float_format(name), values); }
+    explicit Table(const FloatFormat& format) { float_values(format, values); }
+    Table() {
+      for (int code = 0; code < 256; ++code) values[code] = code == 255 ? INFINITY : std::ldexp(1.0f, code - 127);
+    }
   };
-  static const Table e4m3("e4m3"), e5m2("e5m2");
-  return std::strcmp(name, "e4m3") ? e5m2.values : e4m3.values;
-}
-
-float e8m0_value(uint8_t code) {
-  return code == 255 ? INFINITY : std::ldexp(1.0f, code - 127);
+  static const Table e4m3(*float_format("e4m3")), e5m2(*float_format("e5m2")), e8m0;
+  return !std::strcmp(name, "e4m3") ? e4m3.values : !std::strcmp(name, "e5m2") ? e5m2.values : e8m0.values;
 }
 
 }  // namespace compressor

@@ -97,7 +97,25 @@ struct Byte {
   }
 };
 
+using X = int16_t;
+using I = __m256i;
+using W = __m256i;
+constexpr int INT_STEP = 16, OFFSET = 0;
+inline I int_zero() { return _mm256_setzero_si256(); }
+inline W int_load(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline I int_dot(I acc, const X* x, W w) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), w));
+}
+inline int32_t int_sum(I acc) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
 #include "isa_body.h"
+#include "isa_integers.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -105,6 +123,6 @@ bool supported() {
 
 }  // namespace
 
-extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode};
+extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm};
 
 }  // namespace compressor

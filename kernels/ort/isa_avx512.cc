@@ -76,7 +76,19 @@ struct Byte {
   }
 };
 
+// VNNI multiplies unsigned by signed bytes, so inputs are moved up by 128.
+using X = uint8_t;
+using I = __m512i;
+using W = __m512i;
+constexpr int INT_STEP = 64, OFFSET = 128;
+inline I int_zero() { return _mm512_setzero_si512(); }
+inline W int_load(const int8_t* p) { return _mm512_loadu_si512(p); }
+inline I int_dot(I acc, const X* x, W w) { return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(x), w); }
+inline I int_sum_up(I acc, W w) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), w); }
+inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
+
 #include "isa_body.h"
+#include "isa_integers.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -86,6 +98,6 @@ bool supported() {
 
 }  // namespace
 
-extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode};
+extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm};
 
 }  // namespace compressor

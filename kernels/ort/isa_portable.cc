@@ -36,12 +36,31 @@ template <Codes C> using Int8 = Scalar<C>;
 template <Codes C> using Byte = Scalar<C>;
 constexpr const uint8_t* NIBBLE_ORDER = NATURAL_ORDER;
 
+using X = int16_t;
+constexpr int INT_STEP = 16, OFFSET = 0;
+struct I {
+  int32_t v[INT_STEP];
+};
+using W = const int8_t*;
+inline I int_zero() { return {}; }
+inline W int_load(const int8_t* p) { return p; }
+inline I int_dot(I acc, const X* x, W w) {
+  for (int i = 0; i < INT_STEP; ++i) acc.v[i] += int32_t(x[i]) * w[i];
+  return acc;
+}
+inline int32_t int_sum(const I& acc) {
+  int32_t sum = 0;
+  for (int32_t v : acc.v) sum += v;
+  return sum;
+}
+
 #include "isa_body.h"
+#include "isa_integers.h"
 
 bool always() { return true; }
 
 }  // namespace
 
-extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode};
+extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm};
 
 }  // namespace compressor

@@ -10,8 +10,9 @@
 
 namespace compressor {
 
-extern const Op FP4_LINEAR;
-const std::vector<const Op*> OPS = {&FP4_LINEAR};
+extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING;
+const std::vector<const Op*> OPS = {&FP4_LINEAR,   &INT_LINEAR,    &FP8_LINEAR,
+                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING};
 
 namespace {
 

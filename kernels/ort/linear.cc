@@ -11,10 +11,39 @@ constexpr int64_t TOKENS_AT_ONCE = 128;  // their inputs stay in the second-leve
 constexpr int64_t TASK_WEIGHTS = 1 << 16, TASK_TOKENS = 16, MAX_TASKS = 128;
 
 // Grown, never shrunk, one for each calling thread: at most 128 tokens of the widest layer.
-float* scratch(size_t floats) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < floats) memory.resize(floats);
+uint8_t* scratch(size_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
   return memory.data();
+}
+
+// Calls prepare(token, codes, steps, arranged row) for each token and product(first row, last row, tokens, y) for
+// parts of the rows, at most TOKENS_AT_ONCE tokens at a time.
+template <class Prepare, class Product>
+void in_parts(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, float* y, size_t row_bytes,
+              const Threads& threads, Prepare&& prepare, Product&& product) {
+  const Isa& kernels = isa();
+  const int64_t steps = m.columns / std::max<int64_t>(r.block(m.columns), 1);
+  const int64_t parts = (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t start = tokens * part / parts, count = tokens * (part + 1) / parts - start;
+    uint8_t* arranged = scratch(size_t(count) * row_bytes);
+    threads.each(size_t((count + TASK_TOKENS - 1) / TASK_TOKENS), [&](size_t group) {
+      thread_local std::vector<float> row;
+      row.resize(size_t(m.columns + steps));
+      for (int64_t t = int64_t(group) * TASK_TOKENS; t < std::min((int64_t(group) + 1) * TASK_TOKENS, count); ++t) {
+        kernels.round(r, x + (start + t) * m.columns, m.columns, row.data(), row.data() + m.columns);
+        prepare(start + t, row.data(), row.data() + m.columns, arranged + size_t(t) * row_bytes);
+      }
+    });
+    const int64_t work = m.rows * m.columns * std::max<int64_t>(count / 4, 1);
+    const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
+    const int64_t rows = ((m.rows + tasks - 1) / tasks + 3) / 4 * 4;
+    threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
+      const int64_t first = int64_t(task) * rows;
+      product(first, std::min(first + rows, m.rows), arranged, start, count, y + start * m.rows);
+    });
+  }
 }
 
 }  // namespace
@@ -22,38 +51,43 @@ float* scratch(size_t floats) {
 void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, const float* bias, float* y,
             const Threads& threads) {
   const Isa& kernels = isa();
-  const int64_t width = padded(m.columns), block = r.block(m.columns), steps = m.columns / std::max<int64_t>(block, 1);
-  const int64_t parts = (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t start = tokens * part / parts, count = tokens * (part + 1) / parts - start;
-    float* arranged = scratch(size_t(count * width));
-    const int64_t groups = (count + TASK_TOKENS - 1) / TASK_TOKENS;
-    threads.each(size_t(groups), [&](size_t group) {
-      thread_local std::vector<float> row;
-      row.resize(size_t(m.columns + steps));
-      float *codes = row.data(), *step = codes + m.columns;
-      for (int64_t t = int64_t(group) * TASK_TOKENS; t < std::min((int64_t(group) + 1) * TASK_TOKENS, count); ++t) {
-        kernels.round(r, x + (start + t) * m.columns, m.columns, codes, step);
-        if (r.rule != Rule::NONE)
-          for (int64_t k = 0; k < m.columns; ++k) codes[k] *= step[k / block];
-        kernels.arrange(m.codes, codes, m.columns, arranged + t * width);
+  const int64_t block = r.block(m.columns);
+  auto prepare = [&](int64_t, float* codes, const float* steps, void* arranged) {
+    if (r.rule != Rule::NONE)
+      for (int64_t k = 0; k < m.columns; ++k) codes[k] *= steps[k / block];
+    kernels.arrange(m.codes, codes, m.columns, static_cast<float*>(arranged));
+  };
+  auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t count, float* out) {
+    const float* rows = reinterpret_cast<const float*>(arranged);
+    if (count == 1)
+      kernels.gemv(m, first, last, rows, out);
+    else
+      kernels.gemm(m, first, last, rows, count, out);
+    if (bias)
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t n = first; n < last; ++n) out[t * m.rows + n] += bias[n];
+  };
+  in_parts(m, r, x, tokens, y, size_t(padded(m.columns)) * sizeof(float), threads, prepare, product);
+}
+
+void integer_linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, const float* bias, float* y,
+                    const Threads& threads) {
+  const Isa& kernels = isa();
+  std::vector<float> step(static_cast<size_t>(tokens));
+  auto prepare = [&](int64_t token, const float* codes, const float* steps, void* arranged) {
+    step[size_t(token)] = *steps;
+    kernels.int_arrange(codes, m.columns, arranged);
+  };
+  auto product = [&](int64_t first, int64_t last, const uint8_t* rows, int64_t start, int64_t count, float* out) {
+    kernels.int_gemm(m, first, last, rows, count, out);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t n = first; n < last; ++n) {
+        float& value = out[t * m.rows + n];
+        value = value * step[size_t(start + t)] * m.scale_floats[n];
+        if (bias) value += bias[n];
       }
-    });
-    const int64_t work = m.rows * m.columns * (count > 1 ? std::max<int64_t>(count / 4, 1) : 1);
-    const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
-    const int64_t rows = ((m.rows + tasks - 1) / tasks + 3) / 4 * 4;
-    threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
-      const int64_t first = int64_t(task) * rows, last = std::min(first + rows, m.rows);
-      float* out = y + start * m.rows;
-      if (count == 1)
-        kernels.gemv(m, first, last, arranged, out);
-      else
-        kernels.gemm(m, first, last, arranged, count, out);
-      if (bias)
-        for (int64_t t = 0; t < count; ++t)
-          for (int64_t n = first; n < last; ++n) out[t * m.rows + n] += bias[n];
-    });
-  }
+  };
+  in_parts(m, r, x, tokens, y, size_t(kernels.int_bytes(m.columns)), threads, prepare, product);
 }
 
 Rounding rounding(const char* op, const std::string& activations, const char* allowed) {
@@ -85,13 +119,34 @@ void set_hadamard(const char* op, Rounding& r, int64_t hadamard) {
   r.hadamard = hadamard;
 }
 
-std::vector<int64_t> output_shape(const Op& op, const Tensor& x, int64_t columns, int64_t rows) {
+std::vector<int64_t> output_shape(const Op& op, const Tensor& x, int64_t columns, int64_t rows, const Rounding& r) {
+  const std::string where = std::string(op.name) + ": ", features = std::to_string(columns);
   if (x.shape.empty() || x.last() != columns)
-    throw Error(std::string(op.name) + ": x has " + std::to_string(x.last()) + " features, its weight " +
-                std::to_string(columns) + ".");
+    throw Error(where + "x has " + std::to_string(x.last()) + " features, its weight " + features + ".");
+  if (r.hadamard && columns % r.hadamard)
+    throw Error(where + "hadamard " + std::to_string(r.hadamard) + " does not divide its " + features + " features.");
+  if (columns % std::max<int64_t>(r.block(columns), 1))
+    throw Error(where + "blocks of " + std::to_string(r.block(columns)) + " do not divide its " + features +
+                " features.");
   std::vector<int64_t> shape = x.shape;
   shape.back() = rows;
   return shape;
+}
+
+void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4) {
+  expect(op, in, 1, {UINT8}, {-1, -1});
+  const int64_t rows = in[1].shape[0], columns = in[1].shape[1] * 2, block = nvfp4 ? 16 : 32;
+  expect(op, in, 2, {nvfp4 ? FLOAT8E4M3FN : UINT8}, {rows, columns / block});
+  if (nvfp4) expect(op, in, 3, {FLOAT32}, {1});
+  if (columns % block)
+    throw Error(std::string(op.name) + ": blocks of " + std::to_string(block) + " do not divide its " +
+                std::to_string(columns) + " features.");
+}
+
+void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor) {
+  m.scale_bytes = scale.bytes();
+  const float* e4m3 = byte_values("e4m3");
+  for (int i = 0; i < 256; ++i) m.step[i] = e4m3[i] / *divisor.floats();
 }
 
 void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tensor& divisor) {
@@ -103,13 +158,9 @@ void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tens
   float_values(*float_format("e2m1"), m.table);
   m.scales_a_row = scale.shape[1];
   m.block = m.columns / m.scales_a_row;
+  if (divisor) return byte_steps(m, scale, divisor);
   m.scale_bytes = scale.bytes();
-  if (divisor) {
-    const float* e4m3 = byte_values("e4m3");
-    for (int i = 0; i < 256; ++i) m.step[i] = e4m3[i] / *divisor.floats();
-  } else {
-    for (int i = 0; i < 256; ++i) m.step[i] = e8m0_value(uint8_t(i));
-  }
+  std::memcpy(m.step, byte_values("e8m0"), sizeof m.step);
 }
 
 void int_matrix(Matrix& m, const Tensor& codes, const Tensor& scale, int64_t bits, int64_t group, int64_t columns) {

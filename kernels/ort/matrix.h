@@ -54,8 +54,7 @@ struct FloatFormat {
 };
 const FloatFormat* float_format(const char* name);              // null where unknown
 void float_values(const FloatFormat&, float* values);           // of all 2^bits codes
-const float* byte_values(const char* name);                      // the same 256 of a format of eight bits, kept
-float e8m0_value(uint8_t code);
+const float* byte_values(const char* name);                      // of the 256 codes of e4m3, e5m2 or e8m0
 
 enum class Rule { NONE, NVFP4, MXFP4, INT_TOKEN, INT_STATIC, FLOAT_TOKEN, FLOAT_STATIC };
 
@@ -82,6 +81,10 @@ struct Isa {
   void (*gemv)(const Matrix&, int64_t first, int64_t last, const float* x, float* y);
   void (*gemm)(const Matrix&, int64_t first, int64_t last, const float* x, int64_t tokens, float* y);
   void (*decode)(const Matrix&, int64_t row, float* out);  // one row in its own order, [K]
+  // The exact sums of integers |code| <= 128 with int8 codes, as float32; arranged rows have int_bytes(K) bytes.
+  int64_t (*int_bytes)(int64_t columns);
+  void (*int_arrange)(const float* codes, int64_t columns, void* out);
+  void (*int_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, int64_t tokens, float* y);
 };
 
 const Isa& isa();                     // the best that this processor has
