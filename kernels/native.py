@@ -149,10 +149,10 @@ def linear(op: str, attributes: dict[str, str | int], x: Tensor, inputs: Sequenc
 
 
 @cache
-def _built() -> bool:
+def built() -> bool:
     return (FOLDER / NAME).is_file()
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether torch ops on tensors like this one run here: on a CPU, where the library was built."""
-    return tensor.device.type == "cpu" and _built()
+    return tensor.device.type == "cpu" and built()

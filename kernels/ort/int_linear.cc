@@ -41,8 +41,6 @@ IntLinear::IntLinear(const Attributes& attributes) {
   set_hadamard(op, rule, attributes.integer("hadamard"));
   if (packed && bits != 2 && bits != 4 && bits != 8) throw unknown(op, "bits", std::to_string(bits), "2, 4, 8");
   if (group < 0 || columns < 1) throw unknown(op, "group_size", std::to_string(group), "0 and above");
-  if (rule.rule != Rule::NONE && (packed || group))
-    throw Error("IntLinear: integer activations need int8 codes with one scale a row; run without the library.");
 }
 
 std::vector<int64_t> IntLinear::shape(const std::vector<Tensor>& in) const {
@@ -65,7 +63,7 @@ void IntLinear::run(const std::vector<Tensor>& in, float* y, const Threads& thre
   Rounding r = rule;
   if (r.rule == Rule::INT_STATIC) r.scale = *in[4].floats();
   r.offset = in[5].floats();
-  auto product = r.rule == Rule::NONE ? linear : integer_linear;
+  auto product = r.rule == Rule::NONE || packed || group ? linear : integer_linear;
   product(m, r, in[0].floats(), in[0].elements() / columns, in[3].floats(), y, threads);
 }
 

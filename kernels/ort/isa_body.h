@@ -10,47 +10,38 @@ constexpr int64_t PANEL = 768;          // columns of a tile: 4 * 768 floats sta
 
 enum class Scales { ROW, BYTES, FLOATS };
 
+// Loops over registers: gcc leaves some of them rolled, with the registers in memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
 // w * x summed into acc, with scale *s0 for the first 16 elements of the chunk and *s1 for the others.
 template <class Decoder>
 inline F add_scaled(const F* w, const F* x, const float* s0, const float* s1, F acc) {
   if constexpr (Decoder::PAIRED) {
     F part = mul(w[0], x[0]);
-    for (int v = 1; v < VECTORS; ++v) part = fma(w[v], x[v], part);
+    UNROLL for (int v = 1; v < VECTORS; ++v) part = fma(w[v], x[v], part);
     return fma(part, pair(s0, s1), acc);
   } else {
-    for (int half = 0; half < 2; ++half) {
-      constexpr int n = VECTORS / 2;
+    constexpr int n = VECTORS / 2;
+    UNROLL for (int half = 0; half < 2; ++half) {
       F part = mul(w[half * n], x[half * n]);
-      for (int v = 1; v < n; ++v) part = fma(w[half * n + v], x[half * n + v], part);
+      UNROLL for (int v = 1; v < n; ++v) part = fma(w[half * n + v], x[half * n + v], part);
       acc = fma(part, splat(half ? s1 : s0), acc);
     }
     return acc;
   }
 }
 
+// The scales of one row, which `at` finds by the number of their block.
 template <Scales KIND>
-inline const float* scale_at(const Matrix& m, int64_t row, int64_t index) {
-  const int64_t at = row * m.scales_a_row + index;
-  if constexpr (KIND == Scales::BYTES) return m.step + m.scale_bytes[at];
-  return m.scale_floats + at;
-}
-
-// One chunk of a row times the same chunk of x, added to acc. LAST: the second half may lie beyond K.
-template <class Decoder, Scales KIND, bool LAST>
-inline F add_chunk(const Matrix& m, const Decoder& decode, const uint8_t* codes, int64_t row, int64_t c, int shift,
-                   const F* x, F acc) {
-  F w[VECTORS];
-  decode(codes, w);
-  if constexpr (KIND == Scales::ROW) {
-    for (int v = 0; v < VECTORS; ++v) acc = fma(w[v], x[v], acc);
-    return acc;
-  } else {
-    const int64_t first = (2 * c) >> shift, second = (2 * c + 1) >> shift;
-    const float* s0 = scale_at<KIND>(m, row, first);
-    const float* s1 = LAST && second == m.scales_a_row ? s0 : scale_at<KIND>(m, row, second);
-    return add_scaled<Decoder>(w, x, s0, s1, acc);
-  }
-}
+struct RowScales {
+  const float* step;
+  const uint8_t* bytes;
+  RowScales() = default;
+  RowScales(const Matrix& m, int64_t row)
+      : step(KIND == Scales::BYTES ? m.step : m.scale_floats + row * m.scales_a_row),
+        bytes(KIND == Scales::BYTES ? m.scale_bytes + row * m.scales_a_row : nullptr) {}
+  const float* at(int64_t index) const { return step + (KIND == Scales::BYTES ? bytes[index] : index); }
+};
 
 // R rows times one arranged x.
 template <class Decoder, Scales KIND, int R>
@@ -58,25 +49,40 @@ inline void dot_rows(const Matrix& m, const Decoder& decode, int64_t row, const 
   constexpr int64_t bytes = chunk_bytes(Decoder::CODES);
   const int64_t whole = m.columns / CHUNK;
   const int shift = m.shift();
-  F acc[R], in[VECTORS];
-  for (int r = 0; r < R; ++r) acc[r] = zero();
+  F acc[R];
+  const uint8_t* codes[R];
+  RowScales<KIND> scales[R];
+  UNROLL for (int r = 0; r < R; ++r) {
+    acc[r] = zero();
+    codes[r] = m.data + (row + r) * m.row_bytes;
+    scales[r] = RowScales<KIND>(m, row + r);
+  }
+  const auto add = [&](int r, const uint8_t* from, int64_t first, int64_t second, const F* in) {
+    F w[VECTORS];
+    decode(from, w);
+    if constexpr (KIND == Scales::ROW)
+      UNROLL for (int v = 0; v < VECTORS; ++v) acc[r] = fma(w[v], in[v], acc[r]);
+    else
+      acc[r] = add_scaled<Decoder>(w, in, scales[r].at(first), scales[r].at(second), acc[r]);
+  };
   for (int64_t c = 0; c < whole; ++c) {
-    for (int v = 0; v < VECTORS; ++v) in[v] = load(x + c * CHUNK + v * LANES);
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* codes = m.data + (row + r) * m.row_bytes + c * bytes;
-      acc[r] = add_chunk<Decoder, KIND, false>(m, decode, codes, row + r, c, shift, in, acc[r]);
-    }
+    F in[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; ++v) in[v] = load(x + c * CHUNK + v * LANES);
+    const int64_t first = (2 * c) >> shift, second = (2 * c + 1) >> shift;
+    UNROLL for (int r = 0; r < R; ++r) add(r, codes[r] + c * bytes, first, second, in);
   }
   if (m.columns % CHUNK) {
-    for (int v = 0; v < VECTORS; ++v) in[v] = load(x + whole * CHUNK + v * LANES);
-    for (int r = 0; r < R; ++r) {
-      uint8_t codes[CHUNK] = {};
-      __builtin_memcpy(codes, m.data + (row + r) * m.row_bytes + whole * bytes, size_t(m.row_bytes - whole * bytes));
-      acc[r] = add_chunk<Decoder, KIND, true>(m, decode, codes, row + r, whole, shift, in, acc[r]);
+    F in[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; ++v) in[v] = load(x + whole * CHUNK + v * LANES);
+    const int64_t first = (2 * whole) >> shift, second = (2 * whole + 1) >> shift;
+    UNROLL for (int r = 0; r < R; ++r) {
+      uint8_t tail[CHUNK] = {};
+      __builtin_memcpy(tail, codes[r] + whole * bytes, size_t(m.row_bytes - whole * bytes));
+      add(r, tail, first, second < m.scales_a_row ? second : first, in);  // the second half may lie beyond K
     }
   }
-  for (int r = 0; r < R; ++r) {
-    float s = KIND == Scales::ROW ? m.scale(row + r, 0) : 1.0f;
+  UNROLL for (int r = 0; r < R; ++r) {
+    const float s = KIND == Scales::ROW ? m.scale(row + r, 0) : 1.0f;
     y[row + r] = sum(acc[r]) * (s * Decoder::FACTOR);
   }
 }
@@ -128,18 +134,18 @@ void decode_row(const Matrix& m, const Decoder& decode, int64_t row, int64_t k, 
 template <int M, int N>
 inline void block(const float* w, const float* x, int64_t stride, int64_t count, float* y, int64_t columns, bool add) {
   F acc[M][N];
-  for (int t = 0; t < M; ++t)
-    for (int n = 0; n < N; ++n) acc[t][n] = zero();
+  UNROLL for (int t = 0; t < M; ++t)
+    UNROLL for (int n = 0; n < N; ++n) acc[t][n] = zero();
   for (int64_t k = 0; k < count; k += LANES) {
     F in[M];
-    for (int t = 0; t < M; ++t) in[t] = load(x + t * stride + k);
-    for (int n = 0; n < N; ++n) {
-      F weight = load(w + n * PANEL + k);
-      for (int t = 0; t < M; ++t) acc[t][n] = fma(in[t], weight, acc[t][n]);
+    UNROLL for (int t = 0; t < M; ++t) in[t] = load(x + t * stride + k);
+    UNROLL for (int n = 0; n < N; ++n) {
+      const F weight = load(w + n * PANEL + k);
+      UNROLL for (int t = 0; t < M; ++t) acc[t][n] = fma(in[t], weight, acc[t][n]);
     }
   }
-  for (int t = 0; t < M; ++t)
-    for (int n = 0; n < N; ++n) {
+  UNROLL for (int t = 0; t < M; ++t)
+    UNROLL for (int n = 0; n < N; ++n) {
       float& out = y[t * columns + n];
       out = add ? out + sum(acc[t][n]) : sum(acc[t][n]);
     }
