@@ -225,14 +225,16 @@ def ops_command(
 ) -> None:
     """Where the library of fused CPU ops is, and what it uses of this processor."""
     with Job(verbose):
-        from compressor import ops
         from compressor.kernels import native
 
-        if out_of is not None:
-            ops.remove(out_of)
-            console.say(f"{out_of} runs through its function bodies again.")
-        elif into is not None:
-            console.say(f"{ops.place(into)} is what onnxruntime-genai will use.")
+        if into is not None or out_of is not None:
+            from compressor import ops
+
+            if out_of is not None:
+                ops.remove(out_of)
+                console.say(f"{out_of} runs through its function bodies again.")
+            if into is not None:
+                console.say(f"{ops.place(into)} is what onnxruntime-genai will use.")
         elif path:
             console.say(str(native.path()))
         else:

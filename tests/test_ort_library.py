@@ -4,6 +4,8 @@ instruction set that this processor has; threads, onnxruntime, and what is said 
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -312,3 +314,162 @@ def test_tensors_that_do_not_fit_are_one_sentence() -> None:
             native.run("FP4Linear", case.attributes, wrong, (1, 4), 1)
     with pytest.raises(CompressorError, match="id 9 is not one of the table's 4 rows"):
         native.run("FP4Embedding", {"format": "nvfp4"}, [torch.tensor([9]), packed, scale, divisor], (1, 32), 1)
+
+
+# --- in onnxruntime ---------------------------------------------------------------------------------------------------
+
+
+def as_onnx(tensor: Tensor) -> Any:
+    """The same bytes as an array of the ONNX dtype."""
+    import ml_dtypes
+
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.contiguous().numpy()
+
+
+def session(case: Case, threads: int = 1, library: bool = True, body: bool = True) -> Any:
+    """A session on a model of one node, with its body or without."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    from compressor.exporters import onnx_functions, onnx_nodes
+
+    names = onnx_nodes.INPUTS[case.op]
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    values: list[Any] = [x]
+    for name, tensor in zip(names[1:], case.inputs, strict=True):
+        values.append(None if tensor is None else ir.val(name, const_value=ir.tensor(as_onnx(tensor), name=name)))
+    attributes = {name: case.attributes.get(name, 16) for name in onnx_nodes.ATTRIBUTES[case.op]}
+    node = ir.node(case.op, values, attributes, domain=onnx_nodes.DOMAIN)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    constants = [v for v in values[1:] if v is not None]
+    opsets = {"": onnx_nodes.OPSET, onnx_nodes.DOMAIN: onnx_nodes.VERSION}
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=constants, opset_imports=opsets, name="one_node")
+    model = ir.Model(graph, ir_version=10)
+    if body:
+        onnx_functions.attach_bodies(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    if library:
+        compressor.register_ops(options)
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+IN_ONNXRUNTIME = [
+    fp4_case(65, 96, "nvfp4", "none"), fp4_case(65, 96, "mxfp4", "mxfp4"), int_case(65, 63, 4, 16),
+    int_case(65, 63, 8, 0, "int8_static", packed=False, offset=True), fp8_case(65, 63, "fp8"),
+    float_case(65, 64, "e3m2", "e4m3_static", shift=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_ONNXRUNTIME, ids=lambda case: case.op)
+def test_onnxruntime_runs_the_node_itself(case: Case) -> None:
+    """Without a body only the library can run it; with one, the library is preferred and gives the same bits."""
+    x = next(inputs(31, case.columns))
+    expected = case(x)
+    assert close(expected, case.reference(x))
+    for threads, body in itertools.product((1, 2, 4), (True, False)):
+        found = session(case, threads, body=body).run(None, {"x": x.reshape(1, 31, -1).numpy()})[0]
+        assert torch.equal(torch.from_numpy(found)[0], expected)
+    with pytest.raises(Exception, match=case.op):
+        session(case, library=False, body=False)
+
+
+def test_the_same_file_runs_without_the_library() -> None:
+    case = IN_ONNXRUNTIME[0]
+    x = next(inputs(31, case.columns))
+    assert close(torch.from_numpy(session(case, library=False).run(None, {"x": x.numpy()})[0]), case.reference(x))
+
+
+def test_an_unknown_value_stops_the_session_and_a_wrong_shape_the_run() -> None:
+    case = IN_ONNXRUNTIME[0]
+    attributes = case.attributes | {"activations": "int3"}
+    with pytest.raises(Exception, match="activations is 'int3', this library knows none, nvfp4"):
+        session(Case(case.op, attributes, case.inputs, case.reference, case.columns, case.rows), body=False)
+    with pytest.raises(Exception, match="x has 64 features, its weight 96"):
+        session(case).run(None, {"x": torch.zeros(1, 64).numpy()})
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    with pytest.raises(CompressorError, match="was not built; install g"):
+        compressor.register_ops(onnxruntime.SessionOptions())
+    (tmp_path / native.NAME).write_bytes(b"not a library")
+    with pytest.raises(CompressorError, match="onnxruntime refuses .*; models run without it"):
+        compressor.register_ops(onnxruntime.SessionOptions())
+
+
+def test_a_runtime_that_is_too_old_is_one_sentence(tmp_path: Path) -> None:
+    """A stand-in whose newest API is 16, as in onnxruntime 1.16: only its first slot is used."""
+    source = tmp_path / "old.cc"
+    source.write_text(OLD_RUNTIME.replace("LIBRARY", str(native.path())))
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    subprocess.run([compiler, str(source), "-o", str(tmp_path / "old"), "-ldl"], check=True)
+    run = subprocess.run([str(tmp_path / "old")], capture_output=True, text=True, check=True)
+    assert run.stdout == (
+        "The compressor ops need onnxruntime 1.17 or newer and this is 1.16.3; update it, or leave the library out: "
+        "the model runs without it."
+    )
+
+
+OLD_RUNTIME = """
+#include <cstdint>
+#include <cstdio>
+#include <dlfcn.h>
+struct Status;
+struct Api { Status* (*create)(int, const char*); };
+struct Base { const Api* (*api)(uint32_t); const char* (*version)(); };
+static Status* create(int, const char* message) { std::printf("%s", message); return nullptr; }
+static const Api first = {create};
+int main() {
+  void* library = dlopen("LIBRARY", RTLD_NOW);
+  auto add = reinterpret_cast<Status* (*)(void*, const Base*)>(dlsym(library, "RegisterCustomOps"));
+  const Base base = {[](uint32_t version) { return version <= 16 ? &first : nullptr; }, [] { return "1.16.3"; }};
+  add(nullptr, &base);
+}
+"""
+
+
+# --- beside a model ---------------------------------------------------------------------------------------------------
+
+
+def test_place_and_remove_leave_a_folder_that_verifies(tmp_path: Path) -> None:
+    from compressor import ops
+    from compressor.folder import MANIFEST_FORMAT, sha256
+    from compressor.verify import check_files
+
+    config = {"model": {"decoder": {"session_options": {"log_id": "x"}}}}
+    (tmp_path / ops.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    before = (tmp_path / ops.CONFIG).read_bytes()
+    files = {ops.CONFIG: sha256(tmp_path / ops.CONFIG)}
+    manifest = {"format": MANIFEST_FORMAT, "files": files, "tensors": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+    def verified() -> list[str]:
+        extra = {"model.safetensors": sha256(tmp_path / "model.safetensors")}
+        stored = json.loads((tmp_path / "manifest.json").read_text())
+        return [row.status for row in check_files(tmp_path, {**stored, "files": stored["files"] | extra})]
+
+    assert ops.place(tmp_path).read_bytes() == native.path().read_bytes()
+    named = json.loads((tmp_path / ops.CONFIG).read_text())["model"]["decoder"]["session_options"]
+    assert named == {"log_id": "x", "custom_ops_library": native.NAME} and verified() == ["ok"]
+    ops.remove(tmp_path)
+    assert (tmp_path / ops.CONFIG).read_bytes() == before and not (tmp_path / native.NAME).exists()
+    assert verified() == ["ok"]
+
+
+def test_compress_ops_says_where_it_is() -> None:
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-m", "compressor", "ops", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert said("--path").strip() == str(native.path())
+    assert native.isa() in said()
