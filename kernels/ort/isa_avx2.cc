@@ -117,12 +117,20 @@ inline int32_t int_sum(I acc) {
 #include "isa_body.h"
 #include "isa_integers.h"
 
+// No pair exceeds 2 * 144 and so none saturates.
+inline __m256i byte_dot(__m256i a, __m256i b) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+}
+
+#include "isa_fp4.h"
+
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 }  // namespace
 
-extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm};
+extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
+                         fp4_bytes, fp4_arrange, fp4_gemv};
 
 }  // namespace compressor

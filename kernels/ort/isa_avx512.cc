@@ -90,6 +90,10 @@ inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
 #include "isa_body.h"
 #include "isa_integers.h"
 
+inline __m256i byte_dot(__m256i a, __m256i b) { return _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b); }
+
+#include "isa_fp4.h"
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -98,6 +102,7 @@ bool supported() {
 
 }  // namespace
 
-extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm};
+extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv};
 
 }  // namespace compressor

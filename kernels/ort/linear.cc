@@ -52,6 +52,17 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
             const Threads& threads) {
   const Isa& kernels = isa();
   const int64_t block = r.block(m.columns);
+  const bool fp4 = r.rule == Rule::NVFP4 || r.rule == Rule::MXFP4;
+  if (tokens == 1 && fp4 && m.codes == Codes::NIBBLE && m.scale_bytes && m.block == block && kernels.fp4_gemv) {
+    auto prepare = [&](int64_t, const float* codes, const float* steps, void* arranged) {
+      kernels.fp4_arrange(codes, steps, m.columns, block, arranged);
+    };
+    auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t, float* out) {
+      kernels.fp4_gemv(m, first, last, arranged, out);
+      for (int64_t n = first; bias && n < last; ++n) out[n] += bias[n];
+    };
+    return in_parts(m, r, x, tokens, y, size_t(kernels.fp4_bytes(m.columns)), threads, prepare, product);
+  }
   auto prepare = [&](int64_t, float* codes, const float* steps, void* arranged) {
     if (r.rule != Rule::NONE)
       for (int64_t k = 0; k < m.columns; ++k) codes[k] *= steps[k / block];

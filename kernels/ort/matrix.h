@@ -85,6 +85,10 @@ struct Isa {
   int64_t (*int_bytes)(int64_t columns);
   void (*int_arrange)(const float* codes, int64_t columns, void* out);
   void (*int_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, int64_t tokens, float* y);
+  // One token of FP4 codes in blocks of the weight's size, summed as integers; null where gemv is as good.
+  int64_t (*fp4_bytes)(int64_t columns);
+  void (*fp4_arrange)(const float* codes, const float* steps, int64_t columns, int64_t block, void* out);
+  void (*fp4_gemv)(const Matrix&, int64_t first, int64_t last, const void* x, float* y);
 };
 
 const Isa& isa();                     // the best that this processor has
