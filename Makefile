@@ -16,8 +16,8 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow
 
-# What touches transformers most; T5_TESTS= runs everything.
-T5_TESTS ?= $(addprefix tests/test_,model.py calibrate.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py)
+# What touches transformers most, and the library of fused ops in an older onnxruntime; T5_TESTS= runs everything.
+T5_TESTS ?= $(addprefix tests/test_,ort_library.py model.py calibrate.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py)
 
 # The same code under transformers 5, in an environment of its own (optimum-onnx pins transformers < 4.58).
 test-transformers5: .venv-transformers5/ready

@@ -140,7 +140,7 @@ def run(
 
 
 def linear(op: str, attributes: dict[str, str | int], x: Tensor, inputs: Sequence[Tensor | None], rows: int) -> Tensor:
-    """y [..., rows] in the dtype of x; `inputs` are those behind x. Scales and biases of other floats become float32."""
+    """y [..., rows] in the dtype of x; `inputs` are those behind x. Scales and biases become float32."""
     import torch
 
     halves = (torch.bfloat16, torch.float16, torch.float64)

@@ -400,7 +400,7 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(CompressorError, match="was not built; install g"):
         compressor.register_ops(onnxruntime.SessionOptions())
     (tmp_path / native.NAME).write_bytes(b"not a library")
-    with pytest.raises(CompressorError, match="onnxruntime refuses .*; models run without it"):
+    with pytest.raises(CompressorError, match=r"onnxruntime refuses .*; models run without it"):
         compressor.register_ops(onnxruntime.SessionOptions())
 
 
