@@ -35,6 +35,7 @@ class BuildOps(build_ext):
     def copy_extensions_to_source(self):
         """An editable install: beside the sources, where there is something to copy."""
         for built in Path(self.build_lib).rglob(ops.NAME):
+            Path(SOURCES, ops.NAME).unlink(missing_ok=True)  # never over a file that a process may have mapped
             shutil.copy(built, Path(SOURCES, ops.NAME))
 
     def get_outputs(self):

@@ -27,7 +27,9 @@ def place(folder: str | Path) -> Path:
     folder, source = Path(folder), native.path()
     config = _config(folder)
     target = folder / source.name
-    shutil.copyfile(source, target)
+    partial = folder / f".{source.name}.partial"
+    shutil.copyfile(source, partial)
+    partial.replace(target)  # never over a file that a running session may have mapped
     config["model"]["decoder"]["session_options"][KEY] = source.name
     _rewrite(folder, config, target)
     return target

@@ -37,7 +37,7 @@ def sources() -> list[Path]:
 
 def build(target: Path, extra: list[str] | None = None) -> None:
     """Compile and link into `target`. Raises NotBuilt."""
-    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None or sys.platform == "win32":
         raise NotBuilt("no C++ compiler was found; install g++ or clang++ and install compressor again.")
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:

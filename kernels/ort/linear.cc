@@ -8,7 +8,7 @@ namespace compressor {
 namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 128;  // their inputs stay in the second-level cache while weights stream by
-constexpr int64_t TASK_WEIGHTS = 1 << 16, TASK_TOKENS = 16, MAX_TASKS = 128;
+constexpr int64_t TASK_WEIGHTS = 1 << 14, TASK_TOKENS = 16, MAX_TASKS = 128;
 
 // Grown, never shrunk, one for each calling thread: at most 128 tokens of the widest layer.
 uint8_t* scratch(size_t bytes) {
