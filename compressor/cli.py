@@ -214,6 +214,33 @@ def verify_command(
             )
 
 
+@app.command("ops")
+def ops_command(
+    path: Annotated[bool, typer.Option("--path", help="Only the library's file, for C++ and others.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Copy it into a folder, for onnxruntime-genai.")
+    ] = None,
+    out_of: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Undo --into.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Where the library of fused CPU ops is, and what it uses of this processor."""
+    with Job(verbose):
+        from compressor.kernels import native
+
+        if into is not None or out_of is not None:
+            from compressor import ops
+
+            if out_of is not None:
+                ops.remove(out_of)
+                console.say(f"{out_of} runs through its function bodies again.")
+            if into is not None:
+                console.say(f"{ops.place(into)} is what onnxruntime-genai will use.")
+        elif path:
+            console.say(str(native.path()))
+        else:
+            console.say(console.facts([("library", str(native.path())), ("instructions", native.isa())]))
+
+
 @app.command("eval")
 def eval_command(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that compress wrote, or any model.")],

@@ -2,7 +2,8 @@
 
     files          every file and every tensor still has the hash that the manifest recorded from memory
     torch          compressor.load
-    onnxruntime    every compressed node against our op on the node's own input, then the whole graph, then its cache
+    onnxruntime    every compressed node against our op on the node's own input, then the whole graph, then its cache;
+                   with the library of fused ops (kernels/ort) the same again, where it was built
     optimum, onnxruntime-genai, transformers     where installed
 
 A model with 4-bit activations is chaotic: a difference of one unit in the last place flips a rounding, which moves
@@ -29,13 +30,16 @@ import numpy as np
 
 from compressor.errors import VerificationError
 from compressor.folder import MANIFEST, read_manifest, sha256, write_manifest
+from compressor.kernels import native
 from compressor.progress import Progress, Silent
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
+LIBRARY = "onnxruntime + library"
 # The module each runtime needs; they are checked in this order and the first one is the reference of the others.
 RUNTIMES = {
     "torch": "torch",
     "onnxruntime": "onnxruntime",
+    LIBRARY: "onnxruntime",
     "optimum": "optimum.onnxruntime",
     "onnxruntime-genai": "onnxruntime_genai",
     "transformers": "compressed_tensors",
@@ -124,12 +128,14 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Check]:
 
 
 def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Path) -> str | None:
-    if name in ("onnxruntime", "optimum", "onnxruntime-genai") and not (folder / "model.onnx").is_file():
+    if name in ("onnxruntime", LIBRARY, "optimum", "onnxruntime-genai") and not (folder / "model.onnx").is_file():
         return "the recipe exports no ONNX graph"
     if name == "onnxruntime-genai" and manifest["kind"] != "causal-lm":
         return "not a language model"
     if name == "transformers" and manifest["loads_in"].get("transformers", "yes") != "yes":
         return manifest["loads_in"]["transformers"]
+    if name == LIBRARY and not native.built():
+        return "the library was not built"
     top = module.split(".")[0]
     if importlib.util.find_spec(top) is None or (top != module and importlib.util.find_spec(module) is None):
         return "not installed"
