@@ -198,11 +198,9 @@ def show_bench(report: Any) -> None:
         say(f"| {' | '.join([row.model, row.runtime, size, *cells, quality])} |")
     work = "" if encoder else f", {report.new_tokens} more after the first"
     made_by = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    say(
-        "",
-        f"{report.original}: {report.prompt_tokens} tokens{work}, --threads {report.threads}, median of {report.repeats} "
-        f"processes (lowest to highest). {report.processor}; {made_by}.",
-    )
+    asked = f"{report.prompt_tokens} tokens{work}, --threads {report.threads}"
+    spread = f"median of {report.repeats} processes (lowest to highest)"
+    say("", f"{report.original}: {asked}, {spread}. {report.processor}; {made_by}.")
 
 
 def _figure(figure: Any, digits: int, unit: float) -> str:
