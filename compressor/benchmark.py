@@ -6,44 +6,25 @@ slows down in between slows every row. A row that cannot be measured says why. d
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError, DataError, ModelError
+from torch import Tensor
+
+from compressor.benchmark_rows import ENCODER, GENAI, ORIGINAL, ORT, Case, Figure, Row, cases_of
+from compressor.data import text_of
+from compressor.data import windows as windows_of
+from compressor.errors import DataError
 from compressor.folder import read_manifest, versions
 from compressor.own_process import run_module
 from compressor.progress import Progress, Silent
 
-ENCODER = "encoder"
+QUALITY_WINDOWS, QUALITY_LENGTH = 16, 512
 BATCH = 8  # sequences at once, for the throughput of an encoder
-GENAI, ORT, TORCH = "onnxruntime-genai", "onnxruntime", "torch"
-MODULES = {GENAI: "onnxruntime_genai", ORT: "onnxruntime", "optimum": "optimum.onnxruntime"}
-WEIGHTS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors")
-
-
-@dataclass(frozen=True)
-class Figure:
-    median: float
-    low: float
-    high: float
-
-
-@dataclass
-class Row:
-    """`figures` holds what benchmark_process reports, by its names; empty when the row was not measured."""
-
-    model: str
-    runtime: str
-    size_bytes: int | None = None
-    figures: dict[str, Figure] = field(default_factory=dict)
-    perplexity: float | None = None
-    reason: str | None = None  # why it was not measured
 
 
 @dataclass
@@ -60,14 +41,6 @@ class BenchReport:
     rows: list[Row]
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A row to measure: what the process gets, or why there is nothing to measure."""
-
-    row: Row
-    job: dict[str, Any]
-
-
 def bench(
     folder: str | Path,
     against: str | None = None,
@@ -76,16 +49,21 @@ def bench(
     new_tokens: int = 126,
     threads: int = 2,
     repeats: int = 3,
+    text: str | None = None,
     progress: Progress = Silent(),
 ) -> BenchReport:
-    """Measure every row. `against`: the original, where it is not what the folder was made from.
+    """Measure every row. `against`: the original, where it is not what the folder was made from. `text`: measure
+    perplexity and KL on it instead of taking the manifest's.
 
     Raises ModelError for what is not a folder of ours and for an `against` that cannot be loaded, DataError when the
-    model holds fewer tokens than asked for.
+    model holds fewer tokens than asked for and for a text that cannot be read or an encoder has no use for.
     """
     folder = Path(folder).resolve()
     manifest = read_manifest(folder)
     encoder = manifest["kind"] == ENCODER
+    if encoder and text is not None:
+        raise DataError(f"{folder} is an encoder, which has no perplexity; leave --text out, and see compress eval.")
+    windows = None if text is None else _windows(folder, text_of(text)[0], QUALITY_WINDOWS, QUALITY_LENGTH)
     common = {
         "ids": _prompt(folder, prompt_tokens, 0 if encoder else new_tokens + 1),
         "new_tokens": new_tokens,
@@ -95,7 +73,7 @@ def bench(
     source = against or manifest["model"]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        cases = _cases(folder, manifest, source, against is not None, scratch, progress)
+        cases = cases_of(folder, manifest, source, against is not None, scratch, progress)
         ready = [case for case in cases if case.row.reason is None]
         progress.stage("measure", repeats * len(ready))
         found: dict[int, list[dict[str, float]]] = {id(case): [] for case in ready}
@@ -104,6 +82,8 @@ def bench(
                 if case.row.reason is None:
                     found[id(case)] += _run(case, {**common, **case.job}, scratch)
                 progress.advance()
+        if windows is not None:
+            _evaluate(cases, scratch / "original", folder, windows, progress)
     for case in ready:
         runs = found[id(case)] if case.row.reason is None else []
         names = runs[0] if runs else {}
@@ -122,66 +102,7 @@ def bench(
     )
 
 
-def _cases(
-    folder: Path, manifest: dict[str, Any], source: str, asked: bool, scratch: Path, progress: Progress
-) -> list[_Case]:
-    """Every row, in the order of the table."""
-    original = scratch / "original"
-    progress.stage("original")
-    lost = run_module("compressor.stock", "save", source, str(original))
-    if lost is not None and asked:
-        raise ModelError(f"--against {lost}")
-    if lost is not None:
-        lost = f"the original cannot be loaded, give --against MODEL ({lost})"
-    before = (manifest.get("quality") or {}).get("base_ppl")
-    return [
-        _case("original, fp32", TORCH, original, {"driver": "torch"}, lost, before),
-        *_stock_cases(manifest["kind"], original, lost, before, progress),
-        *_our_cases(folder, manifest),
-    ]
-
-
-def _stock_cases(
-    kind: str, original: Path, lost: str | None, before: float | None, progress: Progress
-) -> Iterator[_Case]:
-    """The original in other tools' graphs, which are made here."""
-    made_by, jobs = GENAI, {"fp32": "original, fp32", "int4": "stock INT4"}
-    if kind == ENCODER:
-        made_by, jobs = "optimum", {"encoder": "original, fp32"}
-    for job, name in jobs.items():
-        progress.stage(f"build {name}")
-        made = original.with_name(job)
-        reason = lost or _absent(made_by) or run_module("compressor.stock", job, str(original), str(made))
-        yield _graph_case(kind, name, made, reason, None if job == "int4" else before)
-    if kind == ENCODER:
-        yield _graph_case(kind, "stock INT4", original, f"the builder of {GENAI} makes language models only", None)
-
-
-def _our_cases(folder: Path, manifest: dict[str, Any]) -> Iterator[_Case]:
-    kind, after = manifest["kind"], (manifest.get("quality") or {}).get("ppl")
-    graph = None if (folder / "model.onnx").is_file() else "the recipe exports no ONNX graph"
-    yield _graph_case(kind, folder.name, folder, graph, after, ", bodies")
-    yield _graph_case(kind, folder.name, folder, graph or _without_library(), after, ", library", library=True)
-    yield _case(folder.name, TORCH, folder, {"driver": "torch", "ours": True}, None, after)
-
-
-def _graph_case(
-    kind: str, model: str, source: Path, reason: str | None, perplexity: float | None, how: str = "", **job: Any
-) -> _Case:
-    """A row of a graph: decoded by genai, encoded by onnxruntime."""
-    runtime, driver = (ORT, "onnxruntime") if kind == ENCODER else (GENAI, "genai")
-    return _case(model, runtime + how, source, {"driver": driver, **job}, reason or _absent(runtime), perplexity)
-
-
-def _case(
-    model: str, runtime: str, source: Path, job: dict[str, Any], reason: str | None, perplexity: float | None
-) -> _Case:
-    size = None if reason else _size(source, only_weights=runtime == TORCH)
-    row = Row(model, runtime, size, {}, perplexity, reason)
-    return _Case(row, {"ours": False, "library": False, "source": str(source), **job})
-
-
-def _run(case: _Case, job: dict[str, Any], scratch: Path) -> list[dict[str, float]]:
+def _run(case: Case, job: dict[str, Any], scratch: Path) -> list[dict[str, float]]:
     """The figures of one process; none, and the row's reason, when it failed."""
     question, answer = scratch / "job.json", scratch / "result.json"
     question.write_text(json.dumps(job), encoding="utf-8")
@@ -191,44 +112,42 @@ def _run(case: _Case, job: dict[str, Any], scratch: Path) -> list[dict[str, floa
 
 def _prompt(folder: Path, length: int, following: int) -> list[int]:
     """Token ids [length] of shipped prose. Raises DataError when they and those that follow do not fit the model."""
-    from compressor.data import text_of, windows
-    from compressor.tokenizer import load_tokenizer
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    most = config.get("max_position_embeddings") or config.get("n_positions")
-    if most is not None and length + following > most:
+    most = _context(folder)
+    if length + following > most:
         raise DataError(f"{folder}: {length + following} tokens are asked for and the model holds {most}; give fewer.")
-    ids: list[int] = windows(load_tokenizer(folder), text_of(None)[0], 1, length)[0].tolist()
+    ids: list[int] = _windows(folder, text_of(None)[0], 1, length)[0].tolist()
     return ids
 
 
-def _absent(runtime: str) -> str | None:
-    module = MODULES[runtime]
-    top = module.partition(".")[0]
-    found = importlib.util.find_spec(top) and importlib.util.find_spec(module)
-    return None if found else f"{runtime} is not installed"
+def _windows(folder: Path, text: str, count: int, length: int) -> Tensor:
+    """Token ids [S, L] of the text, S and L at most these."""
+    from compressor.tokenizer import load_tokenizer
+
+    return windows_of(load_tokenizer(folder), text, count, min(length, _context(folder)))
 
 
-def _without_library() -> str | None:
-    """Why the fused kernels cannot be registered; None when they can."""
-    import compressor
-
-    if not hasattr(compressor, "register_ops"):
-        return "this version has no library of fused kernels"
-    try:
-        import onnxruntime
-
-        compressor.register_ops(onnxruntime.SessionOptions())
-    except CompressorError as error:
-        return str(error)
-    return None
+def _context(folder: Path) -> int:
+    """Most tokens that the model holds."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
 
 
-def _size(folder: Path, only_weights: bool) -> int:
-    """Bytes of the graph and its weights; the tokenizer, the same for all, is left out."""
-    patterns = WEIGHTS[-1:] if only_weights else WEIGHTS
-    files = {path for pattern in patterns for path in folder.glob(pattern)}
-    return sum(path.stat().st_size for path in files)
+def _evaluate(cases: list[Case], original: Path, folder: Path, windows: Tensor, progress: Progress) -> None:
+    """Perplexity and KL of the original, of the folder and of stock INT4, into their rows."""
+    from compressor.evaluate import compare, onnx_runner, torch_runner
+    from compressor.folder import load
+    from compressor.model import load_model
+
+    base = torch_runner(load_model(original).model) if original.is_dir() else None
+    found = compare(torch_runner(load(folder).model(dense=True)), windows, base, progress=progress)
+    for case in cases:
+        if case.row.model == ORIGINAL:
+            case.row.perplexity = found["base_ppl"]
+        elif case.row.model == folder.name:
+            case.row.perplexity, case.row.kl = found["ppl"], found["kl"]
+        elif case.row.reason is None:
+            stock = compare(onnx_runner(Path(case.job["source"])), windows, base, progress=progress)
+            case.row.perplexity, case.row.kl = stock["ppl"], stock["kl"]
 
 
 def _figure(values: list[float]) -> Figure:

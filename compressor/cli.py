@@ -252,6 +252,9 @@ def bench_command(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens decoded after the first.")] = 126,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each runtime.")] = 2,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Fresh processes for each row.")] = 3,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Measure perplexity and KL on it [the manifest's].")
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -267,6 +270,7 @@ def bench_command(
                 new_tokens=new_tokens,
                 threads=threads,
                 repeats=repeats,
+                text=text,
                 progress=progress,
             )
         if as_json:

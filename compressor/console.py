@@ -187,15 +187,17 @@ def show_bench(report: Any) -> None:
         else [("first token ms", "first_token_ms", 0), ("tokens a second", "tokens_per_s", 1)]
     )
     columns = [("load s", "load_s", 2), *speed, ("peak MB", "peak_bytes", 0)]
-    titles = ["model", "runtime", "size MB", *(title for title, _, _ in columns), "perplexity"]
+    titles = ["model", "runtime", "size MB", *(title for title, _, _ in columns)]
+    titles += [] if encoder else ["perplexity", "KL"]
     say(f"| {' | '.join(titles)} |", "|---" * 2 + "|---:" * (len(titles) - 2) + "|")
     for row in report.rows:
         size = "" if row.size_bytes is None else f"{row.size_bytes / 1e6:.0f}"
         cells = [_figure(row.figures.get(key), digits, 1e6 if key == "peak_bytes" else 1) for _, key, digits in columns]
         if row.reason is not None:
             cells = [f"not measured: {row.reason}", *[""] * (len(cells) - 1)]
-        quality = "" if row.perplexity is None else f"{row.perplexity:.2f}"
-        say(f"| {' | '.join([row.model, row.runtime, size, *cells, quality])} |")
+        if not encoder:
+            cells += [f"{value:.{digits}f}" if value else "" for value, digits in ((row.perplexity, 2), (row.kl, 3))]
+        say(f"| {' | '.join([row.model, row.runtime, size, *cells])} |")
     work = "" if encoder else f", {report.new_tokens} more after the first"
     made_by = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     asked = f"{report.prompt_tokens} tokens{work}, --threads {report.threads}"

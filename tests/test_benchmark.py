@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from compressor import Recipe, benchmark, benchmark_process, compress, console, own_process
-from compressor.benchmark import BenchReport, Figure, Row, bench
+from compressor import Recipe, benchmark, benchmark_process, benchmark_rows, compress, console, own_process
+from compressor.benchmark import BenchReport, bench
+from compressor.benchmark_rows import Figure, Row
 from compressor.errors import DataError, ModelError
 from compressor.own_process import run_module
 
@@ -43,7 +44,8 @@ def processes(monkeypatch):
         Path(arguments[1]).write_text(json.dumps({**speed, "peak_bytes": 5e6}))
         return wrong.get(job["driver"])
 
-    monkeypatch.setattr(benchmark, "run_module", run)
+    for module in (benchmark, benchmark_rows):
+        monkeypatch.setattr(module, "run_module", run)
     return started, wrong
 
 
@@ -102,6 +104,30 @@ def test_an_encoder_is_timed_in_batches(encoder_folder, processes):
     assert [job["driver"] for job in jobs] == ["torch", "onnxruntime", "onnxruntime", "torch"]
     assert all(job["batch"] == benchmark.BATCH for job in jobs)
     assert "language models only" in rows["stock INT4", "onnxruntime"].reason
+
+
+def test_quality_is_measured_on_a_text(folder, tiny_folder, processes, monkeypatch, prose, tmp_path):
+    """The fakes leave no graph to evaluate: INT4 is our own folder, whose figures must then be ours."""
+    import shutil
+
+    def build(module, job, source, made):
+        shutil.copytree(tiny_folder("llama") if job == "save" else folder, made)
+
+    monkeypatch.setattr(benchmark_rows, "run_module", build)
+    (tmp_path / "text.txt").write_text(prose)
+    report = bench(folder, prompt_tokens=7, new_tokens=3, repeats=1, text=str(tmp_path / "text.txt"))
+    rows = rows_of(report)
+    before, ours = rows["original, fp32", "torch"], rows["small", "torch"]
+    stock = rows["stock INT4", "onnxruntime-genai"]
+    assert before.kl is None and before.perplexity != ours.perplexity
+    assert ours.kl > 1e-4
+    assert (stock.perplexity, stock.kl) == (pytest.approx(ours.perplexity, 1e-4), pytest.approx(ours.kl, 1e-2))
+    assert rows["small", "onnxruntime-genai, bodies"].perplexity == ours.perplexity
+
+
+def test_an_encoder_has_no_perplexity(encoder_folder, tmp_path):
+    with pytest.raises(DataError, match="is an encoder, which has no perplexity; leave --text out"):
+        bench(encoder_folder, prompt_tokens=7, text="text.txt")
 
 
 def test_the_library_is_asked_for_by_its_name(folder, processes, monkeypatch):
@@ -207,12 +233,12 @@ def test_the_table(capsys):
         "peak_bytes": Figure(411e6, 410e6, 412e6),
     }
     rows = [
-        Row("small", "onnxruntime-genai, bodies", 112_700_000, figures, 27.283),
+        Row("small", "onnxruntime-genai, bodies", 112_700_000, figures, 27.283, 0.0593),
         Row("small", "onnxruntime-genai, library", reason="this version has no library of fused kernels"),
     ]
     console.show_bench(BenchReport("small", "big", "causal-lm", 128, 126, 2, 3, "a processor", {"torch": "2"}, rows))
     title, rule, first, second, _, caption = capsys.readouterr().out.splitlines()
-    assert title.count("|") == rule.count("|") == first.count("|") == second.count("|") == 9
-    assert "| 113 | 0.25 | 102 (99–105) | 30.0 (29.0–31.0) | 411 (410–412) | 27.28 |" in first
+    assert title.count("|") == rule.count("|") == first.count("|") == second.count("|") == 10
+    assert "| 113 | 0.25 | 102 (99–105) | 30.0 (29.0–31.0) | 411 (410–412) | 27.28 | 0.059 |" in first
     assert "not measured: this version has no library" in second
     assert caption.startswith("big: 128 tokens, 126 more after the first, --threads 2, median of 3 processes")
