@@ -225,6 +225,21 @@ def test_peak_memory_is_not_that_of_the_process_before(tmp_path, monkeypatch):
     assert int((tmp_path / "peak").read_text()) < 100e6 < len(ballast) < own_process.peak_bytes()
 
 
+def test_the_command(folder, processes):
+    from typer.testing import CliRunner
+
+    from compressor.cli import app
+
+    asked = ["bench", str(folder), "--prompt-tokens", "7", "--new-tokens", "3", "--repeats", "1"]
+    result = CliRunner().invoke(app, [*asked, "--json"])
+    report = json.loads(result.stdout)
+    assert (report["prompt_tokens"], report["new_tokens"], report["original"][-5:]) == (7, 3, "llama")
+    assert report["rows"][2]["model"] == "stock INT4" and report["rows"][2]["figures"]["tokens_per_s"]["median"]
+    assert CliRunner().invoke(app, asked).stdout.startswith("| model | runtime | size MB | load s |")
+    wrong = CliRunner().invoke(app, ["bench", str(folder.parent)])
+    assert (wrong.exit_code, wrong.stdout) == (3, "") and "is not a folder that compressor wrote" in wrong.stderr
+
+
 def test_the_table(capsys):
     figures = {
         "load_s": Figure(0.25, 0.25, 0.25),
