@@ -16,6 +16,12 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow
 
+# The examples in Node and in headless Chromium, which must be there (Debian: apt-get install nodejs npm chromium).
+test-web: .venv/ready
+	command -v node && (command -v chromium || command -v google-chrome)
+	npm install --prefix examples --no-audit --no-fund
+	.venv/bin/python -m pytest tests/test_web.py -m "slow or not slow"
+
 # What touches transformers most, and the library of fused ops in an older onnxruntime; T5_TESTS= runs everything.
 T5_TESTS ?= $(addprefix tests/test_,ort_library.py model.py calibrate.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py)
 
@@ -46,4 +52,4 @@ test-sanitizers:
 	$(subst .venv,.venv-transformers5,$(subst constraints.txt,constraints-transformers5.txt,$(PIP))) -e '.[dev]' compressed-tensors
 	touch $@
 
-.PHONY: demo test test-slow test-transformers5 test-sanitizers
+.PHONY: demo test test-slow test-web test-transformers5 test-sanitizers

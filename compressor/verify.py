@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -31,6 +29,7 @@ import numpy as np
 from compressor.errors import VerificationError
 from compressor.folder import MANIFEST, read_manifest, sha256, write_manifest
 from compressor.kernels import native
+from compressor.own_process import run_module
 from compressor.progress import Progress, Silent
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
@@ -144,12 +143,10 @@ def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Pa
 
 def _in_own_process(name: str, folder: Path, scratch: Path) -> list[Check]:
     result = scratch / f"{name}.json"
-    command = [sys.executable, "-m", "compressor.verify_runtimes", name, str(folder), str(scratch), str(result)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode == 0 and result.is_file():
-        return [Check(**row) for row in json.loads(result.read_text())]
-    lines = [line for line in run.stderr.strip().splitlines() if line.strip()]
-    return [Check(name, "load", FAILED, lines[-1] if lines else f"exit code {run.returncode}")]
+    wrong = run_module("compressor.verify_runtimes", name, str(folder), str(scratch), str(result))
+    if wrong is not None:
+        return [Check(name, "load", FAILED, wrong)]
+    return [Check(**row) for row in json.loads(result.read_text())]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
