@@ -24,7 +24,15 @@ from compressor.recipe import Recipe
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 MANIFEST_FORMAT = 1
-RECORD = ("model", "calibration", "steps", "layers", "kept", "quality")  # what the manifest takes from Artifact.record
+RECORD = (
+    "model",
+    "calibration",
+    "steps",
+    "layers",
+    "kept",
+    "graph",
+    "quality",
+)  # what the manifest takes from Artifact.record
 
 
 def is_artifact(folder: str | Path | None) -> bool:
@@ -58,6 +66,8 @@ def write(artifact: Artifact, folder: Path, *, force: bool = False, progress: Pr
         for name in artifact.recipe.exports:
             progress.stage(f"export {name}")
             EXPORTERS[name](artifact, partial)
+            if name == "onnx" and (made := artifact.record.get("graph")):
+                progress.note("the graph has " + ", ".join(f"{kind}: {count}" for kind, count in made.items()))
         (partial / "recipe.yaml").write_text(artifact.recipe.to_yaml(), encoding="utf-8")
         progress.stage("manifest")
         write_manifest(partial, manifest_of(artifact, partial))

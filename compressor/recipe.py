@@ -56,7 +56,8 @@ class Step(_Frozen):
 
 
 class Recipe(_Frozen):
-    """What to do to a model. `runtime` names whose activation rounding is aimed at."""
+    """What to do to a model. `runtime` names whose activation rounding is aimed at, `graph` which operators the ONNX
+    graph is made of: those of ONNX, or fewer nodes with onnxruntime's own beside them (docs/onnx.md)."""
 
     model: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -65,6 +66,7 @@ class Recipe(_Frozen):
     embedding: TableChoice = "bf16"
     lm_head: TableChoice = "bf16"
     exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
+    graph: Literal["portable", "ort"] = "portable"
     steps: Annotated[list[Step], Field(min_length=1)]
 
     @classmethod

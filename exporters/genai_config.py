@@ -60,7 +60,7 @@ def describe(artifact: Artifact, graph: ir.Model) -> dict[str, Any]:
                 },
             },
         },
-        "search": _search(artifact, context),
+        "search": _search(artifact, context, shared=any(n.op_type == "GroupQueryAttention" for n in graph.graph)),
     }
 
 
@@ -90,12 +90,13 @@ def _tokens(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _search(artifact: Artifact, context: int) -> dict[str, Any]:
+def _search(artifact: Artifact, context: int, shared: bool) -> dict[str, Any]:
+    """shared: the cache is one buffer that the graph writes into, instead of being copied for every token."""
     sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
     return {
         **{name: _asked(artifact, name, default) for name, default in sampling.items()},
         "num_beams": 1,
         "min_length": 0,
         "max_length": context,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": shared,
     }

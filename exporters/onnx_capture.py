@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import OutputError
-from compressor.exporters import onnx_nodes, onnx_tracing
+from compressor.exporters import onnx_attention, onnx_nodes, onnx_tracing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,19 +46,22 @@ class Signature:
 class LanguageModel(nn.Module):
     """(input_ids, attention_mask, position_ids or None, [(key, value), …]) -> (logits, [present key, value, …])."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, grouped: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.grouped = model, grouped
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
-        _same_sizes(input_ids, attention_mask, position_ids, past)
+        seen = attention_mask.shape[1] - input_ids.shape[1] if self.grouped else None
+        _same_sizes(input_ids, attention_mask, position_ids, past, seen)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        cache = filled_cache(past)
+        cache = filled_cache(past) if seen is None else onnx_attention.cache(past, seen)
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
         )
+        if self.grouped:
+            onnx_attention.require_attended(cache)
         return output.logits, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
@@ -75,18 +78,26 @@ class Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
 
 
-def _same_sizes(ids: Tensor, mask: Tensor, others: Tensor | None, past: list[tuple[Tensor, Tensor]]) -> None:
-    """Tell the tracer which of the inputs' dynamic sizes are one, so that it computes each of them once."""
+def _same_sizes(
+    ids: Tensor, mask: Tensor, others: Tensor | None, past: list[tuple[Tensor, Tensor]], seen: int | None = None
+) -> None:
+    """Tell the tracer which of the inputs' dynamic sizes are one, so that it computes each of them once.
+
+    seen: how long the past is by the mask, where the tensors that hold it may be longer.
+    """
     batch, sequence = ids.shape
-    seen = past[0][0].shape[2] if past else 0
+    held = past[0][0].shape[2] if past else 0
     torch._check(mask.shape[0] == batch)
-    torch._check(mask.shape[1] == seen + sequence)
+    if seen is None:
+        torch._check(mask.shape[1] == held + sequence)
+    else:
+        torch._check(seen >= 0)
     if others is not None:
         torch._check(others.shape[0] == batch)
         torch._check(others.shape[1] == sequence)
     for tensor in (t for layer in past for t in layer):
         torch._check(tensor.shape[0] == batch)
-        torch._check(tensor.shape[2] == seen)
+        torch._check(tensor.shape[2] == held)
 
 
 def filled_cache(past: list[tuple[Tensor, Tensor]]) -> Any:
@@ -117,8 +128,8 @@ def cache_shapes(model: Any) -> list[list[tuple[int, int]]]:
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
-def signature(model: Any, kind: str) -> Signature:
-    """What the graph of this model takes and returns."""
+def signature(model: Any, kind: str, grouped: bool = False) -> Signature:
+    """What the graph of this model takes and returns. grouped: attention and cache as one node."""
     accepted = inspect.signature(model.forward).parameters
     ids = torch.ones(SIZES[BATCH], SIZES[SEQUENCE], dtype=torch.long)
     tokens = (BATCH, SEQUENCE)
@@ -142,21 +153,27 @@ def signature(model: Any, kind: str) -> Signature:
             results[f"present.{i}.{part}"] = (BATCH, heads, TOTAL, size)
         past.append(tuple(torch.zeros(SIZES[BATCH], heads, SIZES[PAST], size) for heads, size in layer))
     mask = torch.ones(SIZES[BATCH], SIZES[TOTAL], dtype=torch.long)
-    return Signature(LanguageModel(model), (ids, mask, positions, past), shapes, results)
+    return Signature(LanguageModel(model, grouped), (ids, mask, positions, past), shapes, results)
 
 
-def capture(model: nn.Module, kind: str) -> ir.Model:
+def capture(
+    model: nn.Module, kind: str, *, grouped: bool = False, change: Callable[[ir.Model], None] | None = None
+) -> ir.Model:
     """The graph of a float32 model, every weight an initializer named as in its state_dict.
 
     Compressed modules are single nodes named like the module. Nothing else keeps a name or metadata: the exporter's
-    contain paths and stack traces. Raises OutputError for a model that cannot be traced.
+    contain paths and stack traces. grouped: attention is one node, for a model inside `onnx_attention.grouped`.
+    change: called with the graph while its values still have shapes. Raises OutputError for a model that cannot be
+    traced, NotGroupedError for one that cannot be traced so.
     """
     try:
-        return _capture(model, kind)
+        return _capture(model, kind, grouped, change)
     except Exception as error:  # the tracer and the exporter raise dozens of classes
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, onnx_attention.NotGroupedError):
+            raise cause from None
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         raise OutputError(
             f"{type(model).__name__} cannot be written as an ONNX graph ({lines[0][:300]}); "
@@ -164,8 +181,8 @@ def capture(model: nn.Module, kind: str) -> ir.Model:
         ) from error
 
 
-def _capture(model: nn.Module, kind: str) -> ir.Model:
-    what = signature(model, kind)
+def _capture(model: nn.Module, kind: str, grouped: bool, change: Callable[[ir.Model], None] | None) -> ir.Model:
+    what = signature(model, kind, grouped)
     free = torch.export.Dim.DYNAMIC
     dims = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: {0: free, 1: free} if t.dim() == 2 else {0: free, 2: free}, what.inputs
@@ -178,6 +195,8 @@ def _capture(model: nn.Module, kind: str) -> ir.Model:
             input_names=list(what.shapes),
             output_names=list(what.results),
         )
+    if change is not None:
+        change(graph)
     _tidy(graph, what)
     return graph
 
@@ -189,8 +208,8 @@ def _tidy(model: ir.Model, what: Signature) -> None:
 
     graph = model.graph
     for node in graph:
+        compressed = node.domain == onnx_nodes.DOMAIN or node.op_type == "MatMulNBits"
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        compressed = node.domain in (onnx_nodes.DOMAIN, onnx_nodes.STOCK_DOMAIN)
         node.name = scopes[-2].removeprefix(PREFIX) if compressed else None
         for value in node.outputs:
             if not value.is_graph_output():

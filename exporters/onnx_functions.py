@@ -6,6 +6,10 @@ no dead branches, and nodes that agree share one.
 
 Bodies use opset 21 and neither bfloat16 nor FLOAT4E2M1 (CPU runtimes lack them): a table holds the values in each
 byte of codes. They follow `kernels/*.py` operation by operation, so quantized activations have the same bits.
+
+A runtime that folds constants decodes a weight when it loads the graph, and onnxruntime keeps every intermediate of
+every layer until all are folded. So each is counted in bytes a weight: scales of a row multiply the result instead of
+the weight, and the last change of shape is left to the run, where it is free (`_rows_of`).
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ from compressor.exporters.onnx_nodes import (
     FLOAT8E4M3FN,
     FLOAT8E5M2,
     INPUTS,
-    INT8,
     INT32,
     OPSET,
     OPTIONAL,
@@ -77,9 +80,23 @@ def _lookup(op: Body, packed: ir.Value, values: Sequence[float]) -> ir.Value:
     return op.Gather(np.array(values, np.float32)[codes], op.Cast(packed, to=INT32))
 
 
-def _matmul(op: Body, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    rows = op.Flatten(x, axis=-1)
-    y = op.Gemm(rows, weight, *([] if bias is None else [bias]), transB=1)
+def _rows_of(op: Body, weight: ir.Value, x: ir.Value) -> ir.Value:
+    """weight [N, …] -> [N, K] when the model runs: a shape that takes a size of x cannot be folded, so no copy is kept.
+
+    onnxruntime's Reshape hands on its input. 4 bytes a weight less at load, for two nodes on one number.
+    """
+    return op.Reshape(weight, op.Min(op.Shape(x, start=0, end=1), [0, -1]))
+
+
+def _matmul(
+    op: Body, x: ir.Value, weight: ir.Value, bias: ir.Value | None, row_scale: ir.Value | None = None
+) -> ir.Value:
+    """x [..., K] · weight [N, K]ᵀ, times row_scale [N, 1], + bias."""
+    inside = bias is not None and row_scale is None
+    y = op.Gemm(op.Flatten(x, axis=-1), weight, *([bias] if inside else []), transB=1)
+    if row_scale is not None:
+        y = op.Mul(y, op.Transpose(row_scale, perm=[1, 0]))
+        y = y if bias is None else op.Add(y, bias)
     return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), [-1], axis=0))
 
 
@@ -201,7 +218,7 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
         step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
     else:
         step = _e8m0_values(op, v["weight_scale"])
-    weight = _fp4_rows(op, v["weight_packed"], step, a["block_size"])
+    weight = _fp4_blocks(op, v["weight_packed"], step, a["block_size"])
     x = _rotated(op, v["x"], a["hadamard"])
     if a["activations"] == "nvfp4":
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
@@ -209,24 +226,30 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
         x = _mxfp4(op, x)
     else:
         x = _per_token(op, x, a["activations"])
-    return _matmul(op, x, weight, v["bias"])
+    return _matmul(op, x, _rows_of(op, weight, x), v["bias"])
 
 
-def _fp4_rows(op: Body, packed: ir.Value, step: ir.Value, block_size: int) -> ir.Value:
-    """uint8 [N, K/2], float32 steps [N, K/block] -> float32 [N, K]."""
+def _fp4_blocks(op: Body, packed: ir.Value, step: ir.Value, block_size: int) -> ir.Value:
+    """uint8 [N, K/2], float32 steps [N, K/block] -> float32 [N, K/block, block/2, 2]."""
     blocks = op.Reshape(packed, [0, -1, block_size // 2])
     values = _lookup(op, blocks, E2M1_VALUES + tuple(-e for e in E2M1_VALUES))
-    return _flat(op, op.Mul(values, op.Unsqueeze(step, [-1, -2])))
+    return op.Mul(values, op.Unsqueeze(step, [-1, -2]))
+
+
+def _int_codes_of(op: Body, packed: ir.Value, a: Mapping[str, Any]) -> ir.Value:
+    """Offset binary uint8 [N, bytes] -> float32 codes [N, K]."""
+    bits, features = a["bits"], a["in_features"]
+    values = _flat(op, _lookup(op, packed, range(-(1 << (bits - 1)), 1 << (bits - 1))))
+    return op.Slice(values, [0], [features], [1]) if features * bits % 32 else values  # the last word may be padded
 
 
 def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any]) -> ir.Value:
     """Offset binary uint8 [N, bytes], float32 scales [N, groups] -> float32 [N, K]."""
-    bits, size, features = a["bits"], a["group_size"], a["in_features"]
-    values = _flat(op, _lookup(op, packed, range(-(1 << (bits - 1)), 1 << (bits - 1))))
+    size, features = a["group_size"], a["in_features"]
     if size:
         repeated = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, size])
         scale = op.Slice(_flat(op, repeated), [0], [features], [1])
-    return op.Mul(op.Slice(values, [0], [features], [1]), scale)
+    return op.Mul(_int_codes_of(op, packed, a), scale)
 
 
 def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
@@ -236,21 +259,17 @@ def _int_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     if rule != "none":
         bits = {**TOKEN_BITS, **STATIC_BITS}[rule]
         step = v["input_scale"] if rule in STATIC_BITS else _token_scale(op, x, 2 ** (bits - 1) - 0.5)
-        sums = op.MatMulInteger(op.Cast(_int_codes(op, x, step, bits), to=INT8), op.Transpose(v["weight"], perm=[1, 0]))
-        # Two multiplications in a row: onnxruntime 1.32 turns Mul(sums, Mul(step, scale)) + bias into a fused op that
-        # scales the bias too.
-        y = op.Mul(op.Mul(op.Cast(sums, to=FLOAT), step), op.Transpose(scale, perm=[1, 0]))
-        return y if v["bias"] is None else op.Add(y, v["bias"])
-    if a["packed"]:
-        weight = _int_rows(op, v["weight"], scale, a)
-    else:
-        weight = op.Mul(op.Cast(v["weight"], to=FLOAT), scale)
-    return _matmul(op, x, weight, v["bias"])
+        x = op.Mul(_int_codes(op, x, step, bits), step)
+    if a["packed"] and a["group_size"]:
+        return _matmul(op, x, _int_rows(op, v["weight"], scale, a), v["bias"])
+    # Codes as floats: onnxruntime's MatMulInteger takes four times as long for one token (docs/onnx.md).
+    codes = _int_codes_of(op, v["weight"], a) if a["packed"] else op.Cast(v["weight"], to=FLOAT)
+    return _matmul(op, x, codes, v["bias"], scale)
 
 
 def _fp8_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     x = _per_token(op, _rotated(op, v["x"], a["hadamard"]), a["activations"])
-    return _matmul(op, x, op.Mul(op.Cast(v["weight"], to=FLOAT), v["weight_scale"]), v["bias"])
+    return _matmul(op, x, op.Cast(v["weight"], to=FLOAT), v["bias"], v["weight_scale"])
 
 
 def _float_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
@@ -260,22 +279,27 @@ def _float_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Va
         x = op.Mul(x, op.Gather(powers, op.Cast(v["input_shift"], to=INT32)))
     if rule != "none":
         x = op.Mul(_round_float(op, op.Div(x, v["input_scale"]), STATIC_FLOATS[rule]), v["input_scale"])
-    values = _float_values(op, v["weight_packed"], element)
+    values = _float_values(op, v["weight_packed"], element, a["block_size"])
     if not a["block_size"]:
-        return _matmul(op, x, op.Mul(values, v["weight_scale"]), v["bias"])
+        return _matmul(op, x, _rows_of(op, values, x), v["bias"], v["weight_scale"])
     step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
-    blocks = op.Reshape(values, [0, -1, a["block_size"]])
-    return _matmul(op, x, _flat(op, op.Mul(blocks, op.Unsqueeze(step, [-1]))), v["bias"])
+    weight = op.Mul(values, op.Unsqueeze(step, [-1, -2]))
+    return _matmul(op, x, _rows_of(op, weight, x), v["bias"])
 
 
-def _float_values(op: Body, packed: ir.Value, element: Float) -> ir.Value:
-    """uint8 [N, K*b/8] -> float32 [N, K]; six bits as a word of three bytes, four codes."""
+def _float_values(op: Body, packed: ir.Value, element: Float, block: int) -> ir.Value:
+    """uint8 [N, K*b/8] -> float32 [N, blocks, cells, elements of a cell]; a cell is a byte, or three for six bits.
+
+    block 0: all of a row.
+    """
     if element.bits != 6:
-        return _flat(op, _lookup(op, packed, element.values))
-    groups = op.Cast(op.Reshape(packed, [0, -1, 3]), to=INT32)
-    word = op.ReduceSum(op.Mul(groups, np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
+        return _lookup(
+            op, op.Reshape(packed, [0, -1, block * element.bits // 8] if block else [0, 1, -1]), element.values
+        )
+    cells = op.Reshape(packed, [0, -1, block // 4, 3] if block else [0, 1, -1, 3])
+    word = op.ReduceSum(op.Mul(op.Cast(cells, to=INT32), np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
     codes = op.Mod(op.Div(word, np.array([1, 1 << 6, 1 << 12, 1 << 18], np.int32)), np.array([64], np.int32))
-    return _flat(op, op.Gather(np.array(element.values, np.float32), codes))
+    return op.Gather(np.array(element.values, np.float32), codes)
 
 
 def _fp4_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
@@ -285,7 +309,7 @@ def _fp4_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
         step = op.Div(op.Gather(_e4m3_values(), op.Cast(codes, to=INT32)), v["weight_global_scale"])
     else:
         step = _e8m0_values(op, codes)
-    rows = _fp4_rows(op, op.Gather(v["weight_packed"], ids), step, a["block_size"])
+    rows = _fp4_blocks(op, op.Gather(v["weight_packed"], ids), step, a["block_size"])
     return op.Reshape(rows, op.Concat(op.Shape(v["ids"]), [a["in_features"]], axis=0))
 
 

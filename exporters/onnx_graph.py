@@ -1,8 +1,9 @@
 """model.onnx: one graph with a KV cache whose weights are the bytes of model.safetensors.
 
 Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
-here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_nodes and onnx_functions (compressed
-modules and what they compute), onnx_weights (initializers). Below: two views of a written graph for verification.
+here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion (for `graph: ort`), onnx_nodes
+and onnx_functions (compressed modules and what they compute), onnx_weights (initializers). Below: two views of a
+written graph for verification.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import OutputError
-from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_nodes, onnx_weights
+from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_fusion, onnx_nodes, onnx_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -41,7 +42,11 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
             # A tensor object of its own: the exporter gives one initializer to modules that share a scale in memory.
             module._buffers[name] = None if buffer is None else buffer.detach()
     state = model.state_dict().keys()
-    graph = onnx_capture.capture(model, artifact.kind)
+    artifact.record.pop("graph", None)
+    if artifact.recipe.graph == "ort":
+        graph, artifact.record["graph"] = onnx_fusion.capture(model, artifact.kind)
+    else:
+        graph = onnx_capture.capture(model, artifact.kind)
     onnx_weights.bind(graph, weights, artifact.tied, state)
     onnx_functions.attach_bodies(graph)
     graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION

@@ -44,7 +44,7 @@ ATTRIBUTES = {
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
 }
-FLOAT, INT8, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 3, 6, 17, 19  # onnx.TensorProto
+FLOAT, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 6, 17, 19  # onnx.TensorProto
 TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]
 
 
@@ -60,6 +60,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """torch op -> the function that emits its node, for `torch.onnx.export(custom_translation_table=…)`."""
     import torch
 
+    from compressor.exporters import onnx_attention
     from compressor.kernels import (  # noqa: F401  (they register the ops)
         float_linear,
         fp4_embedding,
@@ -77,23 +78,26 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         ops.float_linear.default: _emit_float_linear,
         ops.fp4_embedding.default: _emit_fp4_embedding,
         ops.int_embedding.default: _emit_int_embedding,
+        ops.grouped_attention.default: onnx_attention.emit,
     }
 
 
-def _emit(op_type: str, inputs: tuple[Any, ...], attributes: dict[str, Any], domain: str = DOMAIN) -> Any:
+def emit_node(
+    op_type: str, inputs: tuple[Any, ...], attributes: dict[str, Any], domain: str = DOMAIN, outputs: int = 1
+) -> Any:
     """One node in the graph being translated. The exporter wants a schema of every op that it records."""
     import onnx
     from onnxscript import values
 
     schema = onnx.defs.OpSchema
     optional = schema.FormalParameterOption.Optional
-    kinds = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    kinds = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT, str: schema.AttrType.STRING}
     described = schema(
         op_type,
         domain,
         VERSION,
         inputs=[schema.FormalParameter(f"i{n}", f"T{n}", param_option=optional) for n in range(len(inputs))],
-        outputs=[schema.FormalParameter("y", "T0")],
+        outputs=[schema.FormalParameter(f"y{n}", "T0") for n in range(outputs)],
         type_constraints=[(f"T{n}", TENSOR_TYPES, "") for n in range(len(inputs))],
         attributes=[schema.Attribute(name, kinds[type(value)]) for name, value in attributes.items()],
     )
@@ -130,7 +134,7 @@ def _emit_fp4_linear(
         "hadamard": hadamard,
     }
     inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
-    return _emit("FP4Linear", inputs, attributes)
+    return emit_node("FP4Linear", inputs, attributes)
 
 
 def _emit_int_linear(
@@ -162,19 +166,17 @@ def _emit_int_linear(
             "hadamard": hadamard,
         }
         inputs = (x, weight, scale, bias, _float(input_scale), _float(input_offset))
-        return _emit("IntLinear", inputs, attributes)
+        return emit_node("IntLinear", inputs, attributes)
     if repeats := (group_size or features) // block - 1:
         spread = op.Expand(op.Unsqueeze(scale, [-1]), [1, 1, repeats + 1])
         scale = op.Reshape(spread, [rows, features // block])
     attributes = {"K": features, "N": rows, "bits": bits, "block_size": block}
-    return _emit("MatMulNBits", (x, weight, scale, None, None, bias), attributes, STOCK_DOMAIN)
+    return emit_node("MatMulNBits", (x, weight, scale, None, None, bias), attributes, STOCK_DOMAIN)
 
 
-def _emit_fp8_linear(
-    x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str, hadamard: int = 0
-) -> Any:
+def _emit_fp8_linear(x: Any, weight: Any, weight_scale: Any, bias: Any, activations: str, hadamard: int = 0) -> Any:
     attributes = {"activations": activations, "hadamard": hadamard}
-    return _emit("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), attributes)
+    return emit_node("FP8Linear", (x, weight, _float(weight_scale), _float(bias)), attributes)
 
 
 def _emit_float_linear(
@@ -195,7 +197,7 @@ def _emit_float_linear(
         block = weight_packed.shape[1] * 8 // FLOATS[format].bits // weight_scale.shape[1]
     attributes = {"format": format, "activations": activations, "block_size": block}
     inputs = (x, weight_packed, scale, weight_global_scale, input_scale, input_shift, _float(bias))
-    return _emit("FloatLinear", inputs, attributes)
+    return emit_node("FloatLinear", inputs, attributes)
 
 
 def _emit_fp4_embedding(ids: Any, weight_packed: Any, weight_scale: Any, weight_global_scale: Any, format: str) -> Any:
@@ -204,11 +206,11 @@ def _emit_fp4_embedding(ids: Any, weight_packed: Any, weight_scale: Any, weight_
         "block_size": FORMATS[format].block,
         "in_features": weight_packed.shape[1] * 2,
     }
-    return _emit("FP4Embedding", (ids, weight_packed, weight_scale, weight_global_scale), attributes)
+    return emit_node("FP4Embedding", (ids, weight_packed, weight_scale, weight_global_scale), attributes)
 
 
 def _emit_int_embedding(
     ids: Any, weight_packed: Any, weight_scale: Any, bits: int, group_size: int, in_features: int
 ) -> Any:
     attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
-    return _emit("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)
+    return emit_node("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)

@@ -26,7 +26,7 @@ from compressor.kernels.int_linear import reference as int_linear
 K, N = 96, 40
 INPUT_DIVISOR = torch.tensor([23.5])
 # float32 sums of 96 products in another order; a wrong code or scale is off by a thousand times this.
-TOLERANCE = 2e-6
+TOLERANCE = 3e-6
 
 
 def as_onnx(tensor: Tensor) -> np.ndarray:
