@@ -18,6 +18,14 @@ inline void store(float* p, F f) { _mm512_storeu_ps(p, f); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
+inline __m256 halves(F a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+// The sums of four registers.
+inline void store_sums(const F* a, float* out, bool add) {
+  const __m256 low = _mm256_hadd_ps(halves(a[0]), halves(a[1])), high = _mm256_hadd_ps(halves(a[2]), halves(a[3]));
+  const __m256 pairs = _mm256_hadd_ps(low, high);
+  const __m128 s = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  _mm_storeu_ps(out, add ? _mm_add_ps(_mm_loadu_ps(out), s) : s);
+}
 
 #include "isa_scalar.h"
 

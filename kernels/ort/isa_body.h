@@ -5,8 +5,8 @@
 // has the same bits everywhere; the dot products ask for their fused multiply-adds by name.
 
 constexpr int VECTORS = CHUNK / LANES;  // in a chunk
-constexpr int TILE = 4;                 // weight rows decoded together
-constexpr int64_t PANEL = 768;          // columns of a tile: 4 * 768 floats stay in the first-level cache
+constexpr int TILE = 8;                 // weight rows decoded together
+constexpr int64_t PANEL = 512;          // columns of a tile: weights stay in the first cache, 128 inputs in the second
 
 enum class Scales { ROW, BYTES, FLOATS };
 
@@ -130,54 +130,55 @@ void decode_row(const Matrix& m, const Decoder& decode, int64_t row, int64_t k, 
   }
 }
 
-// y[t, n] (+)= x[t] . w[n] for M tokens and N rows; w [N, PANEL], x [M, stride], both from the same column on.
+// y[t, n] (+)= x[t] . w[n] for M tokens and N rows; w [N, PANEL], x [M, count].
 template <int M, int N>
-inline void block(const float* w, const float* x, int64_t stride, int64_t count, float* y, int64_t columns, bool add) {
+inline void block(const float* w, const float* x, int64_t count, float* y, int64_t columns, bool add) {
   F acc[M][N];
   UNROLL for (int t = 0; t < M; ++t)
     UNROLL for (int n = 0; n < N; ++n) acc[t][n] = zero();
   for (int64_t k = 0; k < count; k += LANES) {
     F in[M];
-    UNROLL for (int t = 0; t < M; ++t) in[t] = load(x + t * stride + k);
+    UNROLL for (int t = 0; t < M; ++t) in[t] = load(x + t * count + k);
     UNROLL for (int n = 0; n < N; ++n) {
       const F weight = load(w + n * PANEL + k);
       UNROLL for (int t = 0; t < M; ++t) acc[t][n] = fma(in[t], weight, acc[t][n]);
     }
   }
-  UNROLL for (int t = 0; t < M; ++t)
-    UNROLL for (int n = 0; n < N; ++n) {
-      float& out = y[t * columns + n];
-      out = add ? out + sum(acc[t][n]) : sum(acc[t][n]);
-    }
+  UNROLL for (int t = 0; t < M; ++t) {
+    float* out = y + t * columns;
+    if constexpr (N == 4)
+      store_sums(acc[t], out, add);
+    else
+      UNROLL for (int n = 0; n < N; ++n) out[n] = add ? out[n] + sum(acc[t][n]) : sum(acc[t][n]);
+  }
 }
 
-template <int N>
-void tile(const float* w, const float* x, int64_t stride, int64_t count, int64_t tokens, float* y, int64_t columns,
-          bool add) {
-  int64_t t = 0;
-  for (; t + TOKENS <= tokens; t += TOKENS)
-    block<TOKENS, N>(w, x + t * stride, stride, count, y + t * columns, columns, add);
-  for (; t + 2 <= tokens; t += 2) block<2, N>(w, x + t * stride, stride, count, y + t * columns, columns, add);
-  for (; t < tokens; ++t) block<1, N>(w, x + t * stride, stride, count, y + t * columns, columns, add);
+// `rows` decoded rows times all tokens: a few tokens at a time meet every row while they are in the first-level cache.
+template <int M>
+inline void rows_of(const float* w, int64_t rows, const float* x, int64_t count, float* y, int64_t columns, bool add) {
+  int64_t n = 0;
+  for (; n + 4 <= rows; n += 4) block<M, 4>(w + n * PANEL, x, count, y + n, columns, add);
+  for (; n < rows; ++n) block<M, 1>(w + n * PANEL, x, count, y + n, columns, add);
 }
 
 template <class Decoder>
 void gemm_with(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t tokens, float* y) {
   const Decoder decode(m);
   const int64_t width = padded(m.columns);
-  alignas(64) float w[TILE * PANEL];
+  alignas(64) float w[TILE * PANEL], sums[TOKENS_AT_ONCE * TILE];  // y's own rows may fight for lines of a cache
   for (int64_t row = first; row < last; row += TILE) {
     const int64_t rows = last - row < TILE ? last - row : TILE;
     for (int64_t k = 0; k < width; k += PANEL) {
       const int64_t count = width - k < PANEL ? width - k : PANEL;
       for (int64_t n = 0; n < rows; ++n) decode_row(m, decode, row + n, k, count, w + n * PANEL);
-      if (rows == TILE) {
-        tile<TILE>(w, x + k, width, count, tokens, y + row, m.rows, k > 0);
-        continue;
-      }
-      for (int64_t n = 0; n < rows; ++n)
-        tile<1>(w + n * PANEL, x + k, width, count, tokens, y + row + n, m.rows, k > 0);
+      const float* from = x + k * tokens;
+      int64_t t = 0;
+      for (; t + TOKENS <= tokens; t += TOKENS)
+        rows_of<TOKENS>(w, rows, from + t * count, count, sums + t * TILE, TILE, k > 0);
+      for (; t < tokens; ++t) rows_of<1>(w, rows, from + t * count, count, sums + t * TILE, TILE, k > 0);
     }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t n = 0; n < rows; ++n) y[t * m.rows + row + n] = sums[t * TILE + n];
   }
 }
 
@@ -213,10 +214,16 @@ void gemv(const Matrix& m, int64_t first, int64_t last, const float* x, float* y
   });
 }
 
-void arrange(Codes codes, const float* x, int64_t columns, float* out) {
+// Panel by panel, within a panel token by token: rows a power of two apart would fight for the same lines of a cache.
+void arrange(Codes codes, const float* x, int64_t columns, int64_t token, int64_t tokens, float* out) {
   const uint8_t* order = codes == Codes::NIBBLE ? NIBBLE_ORDER : NATURAL_ORDER;
-  for (int64_t k = 0; k < columns; k += CHUNK)
-    for (int i = 0; i < CHUNK; ++i) out[k + i] = k + order[i] < columns ? x[k + order[i]] : 0.0f;
+  const int64_t width = padded(columns);
+  for (int64_t panel = 0; panel < width; panel += PANEL) {
+    const int64_t count = width - panel < PANEL ? width - panel : PANEL;
+    float* to = out + panel * tokens + token * count;
+    for (int64_t k = panel; k < panel + count; k += CHUNK)
+      for (int i = 0; i < CHUNK; ++i) *to++ = k + order[i] < columns ? x[k + order[i]] : 0.0f;
+  }
 }
 
 void decode(const Matrix& m, int64_t row, float* out) {

@@ -60,6 +60,6 @@ void int_tile(const Matrix& m, int64_t row, const X* x, int64_t tokens, float* y
 
 void int_gemm(const Matrix& m, int64_t first, int64_t last, const void* x, int64_t tokens, float* y) {
   int64_t row = first;
-  for (; row + TILE <= last; row += TILE) int_tile<TILE>(m, row, static_cast<const X*>(x), tokens, y + row);
+  for (; row + 4 <= last; row += 4) int_tile<4>(m, row, static_cast<const X*>(x), tokens, y + row);
   for (; row < last; ++row) int_tile<1>(m, row, static_cast<const X*>(x), tokens, y + row);
 }

@@ -28,6 +28,9 @@ inline F fma(F a, F b, F c) {
   return c;
 }
 inline float sum(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline void store_sums(const F* a, float* out, bool add) {
+  for (int i = 0; i < 4; ++i) out[i] = add ? out[i] + sum(a[i]) : sum(a[i]);
+}
 
 #include "isa_scalar.h"
 

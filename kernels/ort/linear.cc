@@ -7,7 +7,6 @@
 namespace compressor {
 namespace {
 
-constexpr int64_t TOKENS_AT_ONCE = 128;  // their inputs stay in the second-level cache while weights stream by
 constexpr int64_t TASK_WEIGHTS = 1 << 14, TASK_TOKENS = 16, MAX_TASKS = 128;
 
 // Grown, never shrunk, one for each calling thread: at most 128 tokens of the widest layer.
@@ -17,8 +16,8 @@ uint8_t* scratch(size_t bytes) {
   return memory.data();
 }
 
-// Calls prepare(token, codes, steps, arranged row) for each token and product(first row, last row, tokens, y) for
-// parts of the rows, at most TOKENS_AT_ONCE tokens at a time.
+// For at most TOKENS_AT_ONCE tokens at a time, from token `start` on: prepare(start, token, tokens, codes, steps,
+// arranged) for each of them, then product(first row, last row, arranged, start, tokens, y) for parts of the rows.
 template <class Prepare, class Product>
 void in_parts(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, float* y, size_t row_bytes,
               const Threads& threads, Prepare&& prepare, Product&& product) {
@@ -33,12 +32,12 @@ void in_parts(const Matrix& m, const Rounding& r, const float* x, int64_t tokens
       row.resize(size_t(m.columns + steps));
       for (int64_t t = int64_t(group) * TASK_TOKENS; t < std::min((int64_t(group) + 1) * TASK_TOKENS, count); ++t) {
         kernels.round(r, x + (start + t) * m.columns, m.columns, row.data(), row.data() + m.columns);
-        prepare(start + t, row.data(), row.data() + m.columns, arranged + size_t(t) * row_bytes);
+        prepare(start, t, count, row.data(), row.data() + m.columns, arranged);
       }
     });
     const int64_t work = m.rows * m.columns * std::max<int64_t>(count / 4, 1);
     const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
-    const int64_t rows = ((m.rows + tasks - 1) / tasks + 3) / 4 * 4;
+    const int64_t rows = ((m.rows + tasks - 1) / tasks + 7) / 8 * 8;
     threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
       const int64_t first = int64_t(task) * rows;
       product(first, std::min(first + rows, m.rows), arranged, start, count, y + start * m.rows);
@@ -54,7 +53,7 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
   const int64_t block = r.block(m.columns);
   const bool fp4 = r.rule == Rule::NVFP4 || r.rule == Rule::MXFP4;
   if (tokens == 1 && fp4 && m.codes == Codes::NIBBLE && m.scale_bytes && m.block == block && kernels.fp4_gemv) {
-    auto prepare = [&](int64_t, const float* codes, const float* steps, void* arranged) {
+    auto prepare = [&](int64_t, int64_t, int64_t, const float* codes, const float* steps, void* arranged) {
       kernels.fp4_arrange(codes, steps, m.columns, block, arranged);
     };
     auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t, float* out) {
@@ -63,10 +62,10 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
     };
     return in_parts(m, r, x, tokens, y, size_t(kernels.fp4_bytes(m.columns)), threads, prepare, product);
   }
-  auto prepare = [&](int64_t, float* codes, const float* steps, void* arranged) {
+  auto prepare = [&](int64_t, int64_t token, int64_t count, float* codes, const float* steps, uint8_t* arranged) {
     if (r.rule != Rule::NONE)
       for (int64_t k = 0; k < m.columns; ++k) codes[k] *= steps[k / block];
-    kernels.arrange(m.codes, codes, m.columns, static_cast<float*>(arranged));
+    kernels.arrange(m.codes, codes, m.columns, token, count, reinterpret_cast<float*>(arranged));
   };
   auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t count, float* out) {
     const float* rows = reinterpret_cast<const float*>(arranged);
@@ -85,9 +84,10 @@ void integer_linear(const Matrix& m, const Rounding& r, const float* x, int64_t 
                     const Threads& threads) {
   const Isa& kernels = isa();
   std::vector<float> step(static_cast<size_t>(tokens));
-  auto prepare = [&](int64_t token, const float* codes, const float* steps, void* arranged) {
-    step[size_t(token)] = *steps;
-    kernels.int_arrange(codes, m.columns, arranged);
+  const int64_t row_bytes = kernels.int_bytes(m.columns);
+  auto prepare = [&](int64_t start, int64_t token, int64_t, const float* codes, const float* steps, uint8_t* arranged) {
+    step[size_t(start + token)] = *steps;
+    kernels.int_arrange(codes, m.columns, arranged + token * row_bytes);
   };
   auto product = [&](int64_t first, int64_t last, const uint8_t* rows, int64_t start, int64_t count, float* out) {
     kernels.int_gemm(m, first, last, rows, count, out);
@@ -98,7 +98,7 @@ void integer_linear(const Matrix& m, const Rounding& r, const float* x, int64_t 
         if (bias) value += bias[n];
       }
   };
-  in_parts(m, r, x, tokens, y, size_t(kernels.int_bytes(m.columns)), threads, prepare, product);
+  in_parts(m, r, x, tokens, y, size_t(row_bytes), threads, prepare, product);
 }
 
 Rounding rounding(const char* op, const std::string& activations, const char* allowed) {

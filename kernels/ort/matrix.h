@@ -13,6 +13,7 @@ namespace compressor {
 enum class Codes { NIBBLE, SIX, CRUMB, INT8, OFFSET8, E4M3, E5M2 };
 
 constexpr int64_t CHUNK = 32;
+constexpr int64_t TOKENS_AT_ONCE = 128;  // at most, in one call of a kernel: their inputs stay in the second-level cache
 constexpr int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 constexpr int64_t chunk_bytes(Codes codes) {
   return codes == Codes::NIBBLE ? 16 : codes == Codes::SIX ? 24 : codes == Codes::CRUMB ? 8 : 32;
@@ -76,8 +77,9 @@ struct Isa {
   bool (*supported)();
   // x [K] -> codes [K] on the grid of the rule and one step for each block of them; codes * step is the rounded input.
   void (*round)(const Rounding&, const float* x, int64_t columns, float* codes, float* steps);
-  void (*arrange)(Codes, const float* x, int64_t columns, float* out);
-  // y[t, n] of rows [first, last) for arranged x [T, padded(K)]; y has N columns.
+  // Row `token` of x [T, K] into its place among T * padded(K) floats.
+  void (*arrange)(Codes, const float* x, int64_t columns, int64_t token, int64_t tokens, float* out);
+  // y[t, n] of rows [first, last) for arranged x; y has N columns. gemv: T = 1, gemm: T <= TOKENS_AT_ONCE.
   void (*gemv)(const Matrix&, int64_t first, int64_t last, const float* x, float* y);
   void (*gemm)(const Matrix&, int64_t first, int64_t last, const float* x, int64_t tokens, float* y);
   void (*decode)(const Matrix&, int64_t row, float* out);  // one row in its own order, [K]
