@@ -3,12 +3,12 @@
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 32 64 --repeats 3
     .venv/bin/python bench/compression.py --text wikitext2/valid.txt --windows 64 --job gptq
 
-Jobs: `nvfp4`, NVFP4 weights and activations to nearest (`--recipe w4a4-rtn`; scheme NVFP4), and `gptq`, INT4 weights in
-groups of 64 by GPTQ (`--recipe w4a16-gptq`; its W4A16, groups of 128, refuses this model's width). Ours is the whole
-command without evaluation and verification, the ONNX export included (which the peer does not do). The peer runs in
-`.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it its rows are missing. Both read the
-same fp32 folder, made once from the demo model; each run is a process of its own, timed from its start, with its CPU
-time and peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
+Jobs: `nvfp4`, NVFP4 weights and activations to nearest (`--recipe w4a4-rtn`; scheme NVFP4); `gptq`, INT4 weights in
+groups of 64 by GPTQ and nothing else (its W4A16, groups of 128, refuses this model's width); `w4a16-gptq`, our recipe
+with AWQ and the ONNX export beside the peer's GPTQ. Ours is the whole command without evaluation and verification. The
+peer runs in `.venv-peers` (pip install torch==2.13.0 llmcompressor==0.14.0.1 gguf); without it its rows are missing.
+Both read the same fp32 folder, made once from the demo model; each run is a process of its own, timed from its start,
+with its CPU time and peak resident memory. Appends a JSON line a row to bench/results/compression.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "compression.jsonl"
 PEER = ROOT / ".venv-peers" / "bin" / "python"
 
-RECIPES = {"nvfp4": "w4a4-rtn", "gptq": "w4a16-gptq"}
+# Job -> our recipe and what is changed in it.
+GPTQ_ALONE = ["quantize.rounding=gptq", "quantize.group_size=64", "exports=[safetensors]"]
+JOBS: dict[str, tuple[str, list[str]]] = {
+    "nvfp4": ("w4a4-rtn", []),
+    "gptq": ("w4a16", GPTQ_ALONE),
+    "w4a16-gptq": ("w4a16-gptq", []),
+}
 PEER_PROGRAM = """
 import sys, torch
 from datasets import Dataset
@@ -42,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 ids = tokenizer(open(text, encoding="utf-8").read())["input_ids"]
 rows = [{"input_ids": ids[i * 512 : (i + 1) * 512], "attention_mask": [1] * 512} for i in range(windows)]
 weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
-if job == "gptq":
+if job != "nvfp4":
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
 else:
@@ -77,7 +83,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--job", choices=list(RECIPES), default="nvfp4")
+    parser.add_argument("--job", choices=list(JOBS), default="nvfp4")
     arguments = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -87,18 +93,10 @@ def main() -> None:
         source = f"{scratch}/model"
         subprocess.run([sys.executable, "-c", SOURCE_PROGRAM, source], check=True)
         for windows in arguments.windows:
-            ours = [sys.executable, "-m", "compressor", "--recipe", RECIPES[arguments.job], "--model", source]
-            ours += [
-                "--data",
-                arguments.text,
-                "--set",
-                f"calibration.windows={windows}",
-                "--no-verify",
-                "--no-eval",
-                "--force",
-                "--out",
-                f"{scratch}/ours",
-            ]
+            recipe, overrides = JOBS[arguments.job]
+            ours = [sys.executable, "-m", "compressor", "--recipe", recipe, "--model", source, "--data", arguments.text]
+            ours += ["--no-verify", "--no-eval", "--force", "--out", f"{scratch}/ours"]
+            ours += [part for o in (*overrides, f"calibration.windows={windows}") for part in ("--set", o)]
             peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer"]
             peer += [arguments.job]
             programs = {"compressor": ours} | ({"llm-compressor": peer} if PEER.exists() else {})

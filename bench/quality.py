@@ -28,7 +28,29 @@ RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 OWN_OPS = ["runtime=compressor", "quantize.four_over_six=true"]
 NVFP4 = [f"{step}.{option}=nvfp4" for step in ("rotate", "quantize") for option in ("weights", "activations")]
 FOLDED = ["rotate.inputs=0", "rotate.residual=hadamard", "rotate.values=true"]
-ONE_SCALE = ["outlier_tune.alpha=0", "outlier_tune.static_within=1000000", "outlier_tune.rounding=nearest"]
+# Megabytes of the demo model's linears and table together: mixed-small's, and NVFP4 linears beside a bf16 table.
+SMALL, EQUAL = 87.0757, 116.3431
+TABLES = {"bf16": 56.6232, "nvfp4": 15.9253, "int8-row": 28.4099}
+EIGHT = "weights: fp8, activations: fp8, on_misfit: keep, rounding: gptq"
+FOUR = "weights: nvfp4, activations: nvfp4, on_misfit: keep, rounding: gptq"
+ENDS = [f"*.layers.{i}.*" for i in (0, 1, 2, 3, 26, 27, 28, 29)]
+ONE_SCALE = [f"outlier_tune.{o}" for o in ("alpha=0", "static_within=1000000", "hadamard=0", "rounding=nearest")]
+
+
+def eight_bits_for(targets: list[str]) -> list[str]:
+    """fp4-mixed with the layers that get FP8 named, and not chosen."""
+    smooth = "{smooth: {rule: smoothquant, alpha: 0.7}}"
+    named = f"{{quantize: {{targets: {targets}, {EIGHT}}}}}"
+    rest = f"{{quantize: {{ignore: {targets}, {FOUR}}}}}"
+    return [f"steps=[{smooth}, {named}, {rest}]"]
+
+
+def megabytes(size: float, table: str) -> list[str]:
+    """mixed-small with `size` MB for linears and table, which is auto or has a format of its own."""
+    linears = size - TABLES.get(table, 0.0)
+    return [f"embedding={table}", f"lm_head={table}", "mixed_bits.bits=null", f"mixed_bits.size_mb={linears:.4f}"]
+
+
 # Row -> (recipe, overrides, the row it is compared with).
 ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a4-rtn, abs-max scales": ("w4a4-rtn", ["quantize.scales=absmax"], None),
@@ -59,12 +81,26 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "w4a16 g64 with AWQ": ("w4a16-gptq", ["quantize.rounding=nearest"], "w4a16 g64"),
     "w4a16 g64 with GPTQ": ("w4a16", ["quantize.group_size=64", "quantize.rounding=gptq"], "w4a16 g64"),
     "w4a16-gptq": ("w4a16-gptq", [], "w4a16 g64 with GPTQ"),
+    "mixed-small": ("mixed-small", [], "nvfp4a16-small"),
+    "mixed-small, table nvfp4": ("mixed-small", megabytes(SMALL, "nvfp4"), "mixed-small"),
+    "mixed-small, table int8-row": ("mixed-small", megabytes(SMALL, "int8-row"), "mixed-small"),
+    "116 MB, table auto": ("mixed-small", megabytes(EQUAL, "auto"), "nvfp4a16"),
+    "116 MB, table bf16": ("mixed-small", megabytes(EQUAL, "bf16"), "116 MB, table auto"),
+    "116 MB, table nvfp4": ("mixed-small", megabytes(EQUAL, "nvfp4"), "116 MB, table auto"),
     "fp4-mixed": ("fp4-mixed", [], None),
+    "FP8 for every down_proj": ("fp4-mixed", eight_bits_for(["*.down_proj"]), None),
+    "fp4-mixed, 5.38 bits": ("fp4-mixed", ["mixed_bits.bits=5.3776"], "FP8 for every down_proj"),
+    "FP8 for the outer 8 blocks": ("fp4-mixed", eight_bits_for(ENDS), None),
+    "fp4-mixed, 5.44 bits": ("fp4-mixed", ["mixed_bits.bits=5.4395"], "FP8 for the outer 8 blocks"),
     "w8a8": ("w8a8", [], None),
     "w8a8-outliertune": ("w8a8-outliertune", [], "w8a8"),
     "w8a8-outliertune nearest": ("w8a8-outliertune", ["outlier_tune.rounding=nearest"], "w8a8"),
     "w8a8 static, one scale": ("w8a8-outliertune", ONE_SCALE, "w8a8-outliertune nearest"),
     "w6a6-outliertune": ("w6a6-outliertune", [], None),
+    "w6a6-outliertune without rotation": ("w6a6-outliertune", ["outlier_tune.hadamard=0"], "w6a6-outliertune"),
+    "w6a6-outliertune without offsets": ("w6a6-outliertune", ["outlier_tune.symmetrize=auto"], "w6a6-outliertune"),
+    "w6a6-outliertune nearest": ("w6a6-outliertune", ["outlier_tune.rounding=nearest"], "w6a6-outliertune"),
+    "w6a6-outliertune, no fixed range": ("w6a6-outliertune", ["outlier_tune.static_within=0"], "w6a6-outliertune"),
     "w6a6 static, one scale": ("w6a6-outliertune", ONE_SCALE, "w6a6-outliertune"),
     "fp8": ("fp8", [], None),
     "llm-fp4 absmax": ("llm-fp4", ["fp4.search=absmax", "fp4.shift=false"], None),

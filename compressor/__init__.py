@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compressor.artifact import Artifact
     from compressor.folder import load
+    from compressor.kernels.native import register_ops
     from compressor.pipeline import compress
     from compressor.recipe import Recipe
 
-__all__ = ["Artifact", "Recipe", "compress", "load"]
+__all__ = ["Artifact", "Recipe", "compress", "load", "register_ops"]
 
 _HOME = {
     "Artifact": "compressor.artifact",
     "Recipe": "compressor.recipe",
     "compress": "compressor.pipeline",
     "load": "compressor.folder",
+    "register_ops": "compressor.kernels.native",
 }
 
 

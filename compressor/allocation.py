@@ -9,7 +9,7 @@ the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger, "Knapsack Pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compressor.errors import NumericsError, RecipeError
@@ -31,6 +31,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A token table that takes part: its choices have names of their own, and so has what it is compared with."""
+
+    shape: tuple[int, int]
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
 class Allocation:
     """The choice of each group, and what storing every group the same way would have given."""
 
@@ -38,27 +46,37 @@ class Allocation:
     size_bytes: int
     cost: float
     budget_bytes: int
-    # Choice name -> (size_bytes, cost, fits), for the names that every group has.
+    # Choice name -> (size_bytes, cost, fits), for the names that every group has, tables apart.
     uniform: dict[str, tuple[int, float, bool]] = field(default_factory=dict)
+    # Choice name -> what all tables have there: the best of what they all could have within the budget, else the
+    # smallest. Tables have names of their own, so that "the same everywhere" is one name for them and one for the rest.
+    uniform_tables: dict[str, str] = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()  # which groups are tables
 
     def sentence(self) -> str:
         """One line: the mixture against every uniform choice."""
-        names = list(self.choices.values())
-        counts = ", ".join(f"{names.count(n)} {n}" for n in [*self.uniform, *sorted(set(names) - {*self.uniform})])
+        beside = self.uniform_tables
+        names = [choice for group, choice in self.choices.items() if group not in self.tables]
+        counts = [f"{names.count(n)} {n}" for n in [*self.uniform, *sorted(set(names) - {*self.uniform})]]
+        counts += [f"{group} {self.choices[group]}" for group in sorted(self.tables)]
         others = "".join(
-            f"; all {name}: {cost:.4g} in {size / 1e6:.2f} MB{'' if fits else ' (over budget)'}"
+            f"; all {name}{f', tables {beside[name]}' if beside else ''}: {cost:.4g} in {size / 1e6:.2f} MB"
+            f"{'' if fits else ' (over budget)'}"
             for name, (size, cost, fits) in self.uniform.items()
         )
         return (
-            f"mixed ({counts}): cost {self.cost:.4g} in {self.size_bytes / 1e6:.2f} of "
+            f"mixed ({', '.join(counts)}): cost {self.cost:.4g} in {self.size_bytes / 1e6:.2f} of "
             f"{self.budget_bytes / 1e6:.2f} MB{others}"
         )
 
 
-def allocate(groups: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Allocation:
+def allocate(
+    groups: Mapping[str, Sequence[Choice]], budget_bytes: int, tables: Collection[str] = ()
+) -> Allocation:
     """The cheapest choices that fit, never worse than the best uniform choice that fits.
 
-    groups: every group has at least one choice, with names that differ. The answer depends neither on the order of the
+    groups: every group has at least one choice, with names that differ; tables: which of them are token tables, which
+    a uniform choice may store in another format than the rest. The answer depends neither on the order of the
     groups nor on that of their choices. Raises RecipeError when even the smallest choices exceed the budget,
     NumericsError for a cost that is not finite.
     """
@@ -74,7 +92,12 @@ def allocate(groups: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Alloc
             f"the budget is {budget_bytes} bytes, but the smallest choices together take {least}; give a budget of "
             f"{least} bytes or more, or allow a smaller format."
         )
-    uniform = _uniform(table)
+    uniform = _uniform({name: options for name, options in table.items() if name not in tables})
+    beside: dict[str, str] = {}
+    if tables:
+        pairs = _with_tables(uniform, _uniform({name: table[name] for name in tables}), budget_bytes)
+        beside = {name: other for name, (other, _) in pairs.items()}
+        uniform = {name: whole for name, (_, whole) in pairs.items()}
     candidates = [smallest, *(u for u in uniform.values() if _size(u) <= budget_bytes)]
     if (solved := _solve(table, budget_bytes)) is not None:
         candidates.insert(0, solved)
@@ -85,7 +108,22 @@ def allocate(groups: Mapping[str, Sequence[Choice]], budget_bytes: int) -> Alloc
         _cost(best),
         budget_bytes,
         {name: (_size(u), _cost(u), _size(u) <= budget_bytes) for name, u in uniform.items()},
+        beside,
+        frozenset(tables),
     )
+
+
+def _with_tables(
+    uniform: Mapping[str, dict[str, Choice]], tables: Mapping[str, dict[str, Choice]], budget: int
+) -> dict[str, tuple[str, dict[str, Choice]]]:
+    """Of each uniform choice of the rest, the uniform choice of the tables that goes best with it, and both."""
+    found = {}
+    for name, rest in uniform.items():
+        whole = {beside: rest | chosen for beside, chosen in tables.items()}
+        fit = [beside for beside in whole if _size(whole[beside]) <= budget]
+        best = min(fit, key=lambda b: _cost(whole[b])) if fit else min(whole, key=lambda b: _size(whole[b]))
+        found[name] = (best, whole[best])
+    return found
 
 
 def _size(chosen: Mapping[str, Choice]) -> int:

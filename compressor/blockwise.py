@@ -210,7 +210,6 @@ class _Stop(Exception):
     """Ends a forward at a block."""
 
 
-@torch.no_grad()
 def first_hidden(model: nn.Module, window: Tensor, block: nn.Module) -> Tensor:
     """What the first block gets for window [L]."""
     found: list[Tensor] = []

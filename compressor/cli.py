@@ -146,6 +146,7 @@ def _run(
 ) -> None:
     """compress, save, verify, and say what came out."""
     from compressor.folder import check_target, read_manifest
+    from compressor.own_process import peak_bytes
     from compressor.pipeline import compress
     from compressor.verify import record, verify
 
@@ -157,7 +158,7 @@ def _run(
         )
         artifact.save(folder, force=force, progress=progress)
         job.written = folder
-        seconds, peak_bytes = time.monotonic() - start, _peak_bytes()
+        seconds, peak = time.monotonic() - start, peak_bytes()
         report = verify(folder, progress=progress) if verifies else None
     manifest = read_manifest(folder)
     coverage = manifest["coverage"]
@@ -172,7 +173,7 @@ def _run(
         "verified": None if report is None else report.ok,
         "checks": [] if report is None else [asdict(row) for row in report.rows],
         "seconds": round(seconds, 1),
-        "peak_bytes": peak_bytes,
+        "peak_bytes": peak,
     }
     if as_json:
         console.emit(result)
@@ -214,6 +215,33 @@ def verify_command(
             )
 
 
+@app.command("ops")
+def ops_command(
+    path: Annotated[bool, typer.Option("--path", help="Only the library's file, for C++ and others.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Copy it into a folder, for onnxruntime-genai.")
+    ] = None,
+    out_of: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Undo --into.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Where the library of fused CPU ops is, and what it uses of this processor."""
+    with Job(verbose):
+        from compressor.kernels import native
+
+        if into is not None or out_of is not None:
+            from compressor import ops
+
+            if out_of is not None:
+                ops.remove(out_of)
+                console.say(f"{out_of} runs through its function bodies again.")
+            if into is not None:
+                console.say(f"{ops.place(into)} is what onnxruntime-genai will use.")
+        elif path:
+            console.say(str(native.path()))
+        else:
+            console.say(console.facts([("library", str(native.path())), ("instructions", native.isa())]))
+
+
 @app.command("eval")
 def eval_command(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that compress wrote, or any model.")],
@@ -239,6 +267,43 @@ def eval_command(
             console.emit(figures)
         else:
             console.say(console.quality_line(figures))
+
+
+@app.command("bench")
+def bench_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original [what the folder was made from].")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens decoded after the first.")] = 126,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each runtime.")] = 2,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Fresh processes for each row.")] = 3,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Measure perplexity and KL on it [the manifest's].")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure speed, memory and size beside the original and stock INT4."""
+    with Job(verbose):
+        from compressor.benchmark import bench
+
+        with console.working(quiet=as_json, verbose=verbose) as progress:
+            report = bench(
+                folder,
+                against,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                threads=threads,
+                repeats=repeats,
+                text=text,
+                progress=progress,
+            )
+        if as_json:
+            console.emit(asdict(report))
+        else:
+            console.show_bench(report)
 
 
 def _with_flags(recipe: Recipe, model: str | None, data: str | None, seed: int | None) -> Recipe:
@@ -269,15 +334,6 @@ def _check_device(name: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(f"--device {name}: torch cannot use it here ({reason}); use --device cpu.") from error
-
-
-def _peak_bytes() -> int | None:
-    """Most memory this process ever held; None where the system does not count it."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _dry_run(recipe: Recipe, as_json: bool, verbose: bool) -> None:

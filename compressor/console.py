@@ -178,6 +178,41 @@ def checks(rows: Sequence[Any]) -> Table:
     return table(("runtime", "check", "status", "detail"), [(r.runtime, r.check, r.status, r.detail) for r in rows])
 
 
+def show_bench(report: Any) -> None:
+    """The report as a Markdown table, ready for a README, and the line that says how it was made."""
+    encoder = report.kind == "encoder"
+    speed = (
+        [("one sequence ms", "latency_ms", 1), ("sequences a second", "sequences_per_s", 1)]
+        if encoder
+        else [("first token ms", "first_token_ms", 0), ("tokens a second", "tokens_per_s", 1)]
+    )
+    columns = [("load s", "load_s", 2), *speed, ("peak MB", "peak_bytes", 0)]
+    titles = ["model", "runtime", "size MB", *(title for title, _, _ in columns)]
+    titles += [] if encoder else ["perplexity", "KL"]
+    say(f"| {' | '.join(titles)} |", "|---" * 2 + "|---:" * (len(titles) - 2) + "|")
+    for row in report.rows:
+        size = "" if row.size_bytes is None else f"{row.size_bytes / 1e6:.0f}"
+        cells = [_figure(row.figures.get(key), digits, 1e6 if key == "peak_bytes" else 1) for _, key, digits in columns]
+        if row.reason is not None:
+            cells = [f"not measured: {row.reason}", *[""] * (len(cells) - 1)]
+        if not encoder:
+            cells += [f"{value:.{digits}f}" if value else "" for value, digits in ((row.perplexity, 2), (row.kl, 3))]
+        say(f"| {' | '.join([row.model, row.runtime, size, *cells])} |")
+    work = "" if encoder else f", {report.new_tokens} more after the first"
+    made_by = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    asked = f"{report.prompt_tokens} tokens{work}, --threads {report.threads}"
+    spread = f"median of {report.repeats} processes (lowest to highest)"
+    say("", f"{report.original}: {asked}, {spread}. {report.processor}; {made_by}.")
+
+
+def _figure(figure: Any, digits: int, unit: float) -> str:
+    """`24.7 (24.1–25.0)`"""
+    if figure is None:
+        return ""
+    median, low, high = (f"{value / unit:.{digits}f}" for value in (figure.median, figure.low, figure.high))
+    return median if low == high else f"{median} ({low}–{high})"
+
+
 def failures(rows: Sequence[Any]) -> None:
     """The checks that failed, as a table on stderr; nothing when none did."""
     if wrong := [row for row in rows if row.status == "FAILED"]:

@@ -25,11 +25,12 @@ from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
 from compressor.methods.transform import Transform, stores
-from compressor.model import Loaded, as_loaded, is_tied, linears, load_model, twin, unaccounted, untie
+from compressor.model import Loaded, as_loaded, embedding_name, is_tied, linears, load_model, twin, unaccounted, untie
 from compressor.progress import Progress, Silent
-from compressor.recipe import Recipe, Step
+from compressor.recipe import Recipe, Step, shares_a_budget
 from compressor.sensitivity import output_fisher
-from compressor.tables import pack_tables, place_tables
+from compressor.table_budget import auto_tables, head_among, weighed
+from compressor.tables import HEAD_WINDOWS, head_importance, pack_tables, place_tables
 
 QUALITY_WINDOWS = 16
 SURVEY_WINDOWS, FISHER_WINDOWS = 8, 4  # decisions over the whole model need means, not matrices: few tokens do
@@ -98,7 +99,7 @@ def compress(
     progress.stage("load")
     loaded = _load(model, recipe, tokenizer)
     where = torch.device(device) if device else device_of(loaded.model)
-    placements = _place(loaded.model, recipe)
+    placements, _ = _place(loaded.model, recipe)
     torch.manual_seed(recipe.seed)
 
     source = data if data is not None else recipe.calibration.data
@@ -122,19 +123,21 @@ def compress(
     details: dict[str, dict[str, Any]] = {}
     stored = {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
     reports: dict[str, Any] = {}
+    decided: dict[str, str] = {}  # the formats of tables that are auto
     for number, step in enumerate(recipe.steps, 1):
         names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
             decisions = _fold(working, step, stored, run)
         else:
-            decisions = _survey(working, step, names, recipe.seed, run)
+            decisions = _survey(working, step, names, recipe, run)
+            decided |= getattr(decisions, "table_formats", {})
         if decisions is not None:
             reports[f"{number} {step.method}"] = decisions if isinstance(decisions, dict) else decisions.report()
         if stores(step.options):
             packed |= _compress(working, step, names, decisions, details, run)
 
     progress.stage("tables")
-    tables = pack_tables(working, recipe, windows=windows)
+    tables = pack_tables(working, recipe, windows=windows, decided=decided)
     packed |= {name: _on_cpu(table) for name, table in tables.packed.items()}
     kept, tied = _kept(working, packed, tables.dtypes, tables.tied)
     artifact = Artifact(
@@ -185,19 +188,30 @@ def _targeted(step: Step, name: str) -> bool:
     return any(fnmatchcase(name, p) for p in step.targets) and not any(fnmatchcase(name, p) for p in step.ignore)
 
 
-def _survey(model: nn.Module, step: Step, names: set[str], seed: int, run: Run) -> Any:
-    """What the step's method decides about all its linears at once, None where it has nothing to decide."""
+def _survey(model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: Run) -> Any:
+    """What the step's method decides about all its linears at once, and about tables that share their budget.
+
+    None where it has nothing to decide.
+    """
     options = step.options
     if not (needs := options.survey_needs()):
         return None
     layers = {n: m for n, m in linears(model).items() if n in names}
     windows = run.windows[:SURVEY_WINDOWS]
     calibration = calibrate(model, windows, needs, names, run.progress, run.device, run.dtype)
+    tables = auto_tables(model, recipe) if shares_a_budget(step) else {}
+    head, embedding = head_among(model, tables), embedding_name(model)
     fisher = None
     if options.sensitivity == "kl":
-        generator = torch.Generator().manual_seed(seed)
-        fisher = output_fisher(model, windows[:FISHER_WINDOWS], list(layers), generator, run.progress, run.device)
-    return options.survey(layers, calibration, fisher)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        asked = [*layers, *([head] if head else [])]
+        rows = embedding if embedding in tables else None
+        few = windows[:FISHER_WINDOWS]
+        fisher = output_fisher(model, few, asked, generator, run.progress, run.device, rows)
+    if not tables:
+        return options.survey(layers, calibration, fisher)
+    importance = head_importance(model, windows[:HEAD_WINDOWS]) if head else None
+    return options.survey(layers, calibration, fisher, weighed(model, tables, windows, importance, fisher))
 
 
 def _compress(
@@ -245,12 +259,9 @@ def plan_of(model: nn.Module | str | Path | None, recipe: Recipe) -> Plan:
     """Every weight matrix, what happens to it and the bytes it will take. No calibration text is read."""
     loaded = _load(model, recipe, None)
     rows = []
-    tables = loaded.model
-    if is_tied(tables) and any(getattr(step.options, "unties", False) for step in recipe.steps):
-        untie(tables := twin(tables))
-    shapes = {n: tuple(m.weight.shape) for n, m in linears(loaded.model).items()}
-    placed = [(n, shapes[n], p) for n, (_, p) in _place(loaded.model, recipe).items()]
-    placed += [(n, shape, p) for n, (shape, p) in place_tables(tables, recipe).placements.items()]
+    inside, tables = _place(loaded.model, recipe)
+    placed = [(n, tuple(m.weight.shape), inside[n][1]) for n, m in linears(loaded.model).items()]
+    placed += [(n, shape, place) for n, (shape, place) in tables.items()]
     for name, shape, place in placed:
         weights = shape[0] * shape[1]
         after = place.size_bytes or weights * 2
@@ -265,11 +276,25 @@ def _load(model: nn.Module | str | Path | None, recipe: Recipe, tokenizer: Any) 
     return load_model(model if model is not None else recipe.model)
 
 
-def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Placement]]:
-    """The step that takes each linear, and what it will do. Raises RecipeError and ModelError for what nobody takes."""
+def _as_stored(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with the tables that will be stored: a step may untie them."""
+    if is_tied(model) and any(getattr(step.options, "unties", False) for step in recipe.steps):
+        untie(model := twin(model))
+    return model
+
+
+def _place(
+    model: nn.Module, recipe: Recipe
+) -> tuple[dict[str, tuple[Step | None, Placement]], dict[str, tuple[tuple[int, int], Placement]]]:
+    """The step that takes each linear, and what it will do; shape and placement of each table.
+
+    Raises RecipeError and ModelError for what nobody takes.
+    """
     layers = linears(model)
     placed: dict[str, tuple[Step | None, Placement]] = {}
     misfits: list[str] = []
+    stored = _as_stored(model, recipe)
+    tables, auto = place_tables(stored, recipe).placements, auto_tables(stored, recipe)
     for number, step in enumerate(recipe.steps, 1):
         where = f"step {number} ({step.method})"
         if getattr(step.options, "four_over_six", False) and recipe.runtime != "compressor":
@@ -303,9 +328,11 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
             if place.kept and step.options.on_misfit != "keep":
                 misfits.append(f"{name}: {place.kept}")
             placed[name] = (step, place)
-        if share_out := getattr(step.options, "place_all", None):  # a budget of the step's layers together
+        if shares_a_budget(step):
             mine = {n: tuple(layers[n].weight.shape) for n, (owner, _) in placed.items() if owner is step}
-            placed |= {n: (step, place) for n, place in share_out(mine).items()}
+            shared = step.options.place_all(mine, auto)
+            placed |= {n: (step, shared[n]) for n in mine}
+            tables |= {n: (auto[n].shape, shared[n]) for n in auto}
         if misfits:
             raise RecipeError(
                 f"{where}: {len(misfits)} layers cannot be stored this way ({misfits[0]}); "
@@ -319,7 +346,7 @@ def _place(model: nn.Module, recipe: Recipe) -> dict[str, tuple[Step | None, Pla
             f"{len(left)} large weights would stay uncompressed and no rule of the recipe says so: {listed}"
             f"{', …' if len(left) > 5 else ''}; this version compresses linears only."
         )
-    return placed
+    return placed, tables
 
 
 def _windows(loaded: Loaded, content: str, count: int, length: int) -> Tensor:

@@ -26,6 +26,7 @@ from compressor.recipe_yaml import Document, Keys, extended, read, read_value
 
 # FORMAT, FORMAT-row or FORMAT-gSIZE; tables.py says what each stores.
 TableFormat = Literal["keep", "bf16", "int8-row", "int8", "int4", "int4-g64", "int4-g128", "nvfp4", "mxfp4"]
+TableChoice = Literal[TableFormat, "auto"]  # auto: the format that the budget of the recipe's mixed_bits step allows
 Globs = Annotated[list[str], Field(min_length=1)]
 
 
@@ -62,8 +63,8 @@ class Recipe(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     runtime: Literal["transformers", "compressor"] = "transformers"
     calibration: Calibration = Calibration()
-    embedding: TableFormat = "bf16"
-    lm_head: TableFormat = "bf16"
+    embedding: TableChoice = "bf16"
+    lm_head: TableChoice = "bf16"
     exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
     steps: Annotated[list[Step], Field(min_length=1)]
@@ -93,8 +94,13 @@ class Recipe(_Frozen):
         return yaml.safe_dump(data, sort_keys=False, width=120, allow_unicode=True)
 
 
+def shares_a_budget(step: Step) -> bool:
+    """Whether the step's method gives each layer a format so that all together meet a budget: mixed_bits."""
+    return hasattr(step.options, "place_all")
+
+
 # Options that change what activations are rounded to, in a way that only our own ops carry out.
-OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs")
+OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs", "hadamard")
 
 
 def _overridden(document: Document, overrides: Sequence[str]) -> Document:
@@ -144,6 +150,12 @@ def _validated(document: Document) -> Recipe:
             wrong = "fp4 does not store inputs that an earlier step rotates; use quantize, or rotate values."
             raise RecipeError(f"{_place(document, keys)}: {wrong}")
         steps.append(step.model_copy(update={"options": options}))
+    budgets = [step for step in steps if shares_a_budget(step)]
+    for name in ("embedding", "lm_head"):
+        if getattr(recipe, name) == "auto" and len(budgets) != 1:
+            found = f"{len(budgets)} mixed_bits steps" if budgets else "no mixed_bits step"
+            wrong = f"{name} is 'auto', which is a share of a mixed_bits step's budget, and the recipe has {found}; "
+            raise RecipeError(f"{document.origin((name,))}: {wrong}give it one, or {name} a format of its own.")
     return recipe.model_copy(update={"steps": steps})
 
 

@@ -1,7 +1,7 @@
 """Running an exported folder in onnxruntime: prefill, cached decode, greedy tokens, and looking inside the graph.
 
 Only what evaluation and verification need; a deployed model is run by optimum, onnxruntime-genai or the user's
-own session. Stock onnxruntime, CPU provider, no custom-op library.
+own session. Stock onnxruntime, CPU provider; the library of fused ops only where asked for.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from compressor.kernels import native
+
 GRAPH = "model.onnx"
 
 
 class OnnxSession:
     """One loaded graph. `graph` replaces the folder's model.onnx (its weights still come from the folder)."""
 
-    def __init__(self, folder: Path, graph: onnx.ModelProto | None = None):
+    def __init__(self, folder: Path, graph: onnx.ModelProto | None = None, library: bool = False):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if library:
+            native.register_ops(options)
         source: str | bytes = str(folder / GRAPH)
         if graph is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

@@ -17,6 +17,12 @@ mean of squares is wrong by up to twenty times there. It is right for an error t
 of rounding the inputs: `Fisher.inputs`. Drawn tokens, not the text's: with those it would be the
 "empirical Fisher", which is not the Hessian (Kunstner, Balles, Hennig 2019). Left out: correlations between entries of
 D, and those between layers.
+
+A token table is read one row a token. With G [V, K] its own gradient, of one window's tokens,
+
+    kl      ½ Σ_windows Σ_nk G_nk² D_nk² / tokens      over the rows n that the windows read
+
+A head is a linear y = W x like any other. A table that is both costs the sum.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ from compressor.parts import blocks, head_name
 from compressor.progress import Progress, Silent
 
 CHUNK_ELEMENTS = 1 << 22  # of a weight, so that its error in float32 is 16 MB at a time
+GRADIENT_ELEMENTS = 1 << 25  # of a weight's gradient, 128 MB: a head's would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,15 @@ class Fisher:
 
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
+    rows: Rows | None = None  # of the token table, where it was asked for
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of the rows of a token table that some window reads: their ids [M] int64 and Σ_windows G² / tokens [M, K]."""
+
+    ids: Tensor
+    squares: Tensor
 
 
 def output_fisher(
@@ -53,8 +69,11 @@ def output_fisher(
     generator: torch.Generator,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
+    table: str | None = None,
 ) -> Fisher:
     """F of the linears `names`, on the CPU: one backward pass over each of the windows [S, L] int64.
+
+    names may have the head; table: the token embedding, whose rows are wanted too.
 
     The mean is over all S·L tokens, so an expert's figure counts how often it is chosen, and is 0 if it never was.
     A few windows do (docs/mixed_bits.md has 4 of 256): what is noise in one F_n averages out over the layer.
@@ -77,25 +96,26 @@ def output_fisher(
     named = blocks(model)
     calls = record(model, windows[0], named)
     progress.stage("sensitivity", 2 * len(named) * len(windows))
-    between: list[list[Tensor]] = [[first_hidden(model, window, named[0][1]) for window in windows]]
     with torch.no_grad():
+        between = [[first_hidden(model, window, named[0][1]) for window in windows]]
         for (_, block), call in zip(named, calls, strict=True):
             with placed(block, device):
                 between.append([_on(block, h, call) for h in between[-1]])
             progress.advance(len(windows))
     with _frozen(model), _listening(layers, seen), torch.enable_grad():
-        slopes = []
+        slopes: list[Tensor] = []
         for window, hidden in zip(windows, between.pop(), strict=True):
             hidden.requires_grad_()
             objective(_output(model, finish(model, window, hidden.clone(), calls)), generator).backward()
-            slopes.append(hidden.grad)
+            slopes.append(_gradient(hidden))
         for (_, block), call in reversed(list(zip(named, calls, strict=True))):
             with placed(block, device):
                 for i, hidden in enumerate(between.pop()):
                     hidden.requires_grad_()
                     _on(block, hidden, call).backward(slopes[i])
-                    slopes[i] = hidden.grad
+                    slopes[i] = _gradient(hidden)
             progress.advance(len(windows))
+        rows = None if table is None else _rows(model, table, windows, slopes)
     for name, one in seen.items():
         if not one.gradients.isfinite().all() or not math.isfinite(one.inputs):
             raise NumericsError(f"{name}: NaN or Inf in its input or its gradient; check the weights around it.")
@@ -105,6 +125,7 @@ def output_fisher(
     return Fisher(
         {name: one.of_weights(total) for name, one in seen.items()},
         {name: (one.squares / total).float() for name, one in seen.items()},
+        rows,
     )
 
 
@@ -125,6 +146,40 @@ def costs(
     return {name: (scale * _by_rows(weight, q, h)).sum().item() for name, q in quantized.items()}
 
 
+def row_costs(weight: Tensor, quantized: Tensor, rows: Rows) -> float:
+    """The `kl` cost of reading a token table's rows from `quantized` [V, K] and not from `weight` [V, K]."""
+    error = weight.detach()[rows.ids].float() - quantized[rows.ids].float()
+    return 0.5 * (rows.squares * error.square().to(rows.squares.device)).sum(dtype=torch.float64).item()
+
+
+def _rows(model: nn.Module, table: str, windows: Tensor, slopes: list[Tensor]) -> Rows:
+    """From the gradients [1, L, H] of what the first block gets, through all that lies between it and the table."""
+    module = model.get_submodule(table)
+    scale = float(getattr(module, "embed_scale", 1.0))  # Gemma's table multiplies what it reads
+    read: list[Tensor] = []
+
+    def see(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        read.append(output.detach().requires_grad_())
+        return read[-1].clone()
+
+    parts: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(see)
+    try:
+        for window, slope in zip(windows, slopes, strict=True):
+            first_hidden(model, window, blocks(model)[0][1]).backward(slope)
+            parts.append(_summed(window, scale * _gradient(read.pop())[0].float().cpu()))
+    finally:
+        handle.remove()
+    ids, squares = _summed(torch.cat([i for i, _ in parts]), torch.cat([g.square() for _, g in parts]))
+    return Rows(ids, squares / windows.numel())
+
+
+def _summed(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [T], rows [T, K] -> every id once [M], the sum of its rows [M, K]."""
+    once, place = ids.cpu().unique(return_inverse=True)
+    return once, rows.new_zeros(len(once), rows.shape[1]).index_add_(0, place, rows)
+
+
 def _by_rows(weight: Tensor, other: Tensor | None, h: Tensor) -> Tensor:
     """Σ_k h_k (weight − other)_nk², [N] float64."""
     rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
@@ -140,6 +195,11 @@ def _by_rows(weight: Tensor, other: Tensor | None, h: Tensor) -> Tensor:
 def _on(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """What a block gives for `hidden`, where `hidden` is. The block may write into its copy."""
     return call.run(block, hidden.to(device_of(block), copy=True)).to(hidden.device)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None, "no gradient reached the hidden states"
+    return leaf.grad
 
 
 def _output(model: nn.Module, out: Any) -> Tensor:
@@ -195,7 +255,8 @@ class _Seen:
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """gradient [T, N], x [T, K], both of one window."""
-        self.gradients += (gradient.T @ x).square().sum(1).cpu().double()
+        sums = [(part @ x).square().sum(1) for part in gradient.T.split(max(1, GRADIENT_ELEMENTS // x.shape[1]))]
+        self.gradients += torch.cat(sums).cpu().double()
         self.squares += gradient.square().sum(0).cpu().double()
         self.inputs += x.square().sum().item()
         self.tokens += len(x)

@@ -9,6 +9,7 @@ format, a suffix is another one:
     int8, int4                  a bf16 scale per group of 32 along the hidden size
     int4-g64, int4-g128         a bf16 scale per group of 64 or 128
     nvfp4, mxfp4                FP4 blocks of 16 or 32, as the linears store them
+    auto                        one of these but keep, which the budget of the mixed_bits step pays (table_budget.py)
 
 Round to nearest with the scale search of methods/quantize.py. As an output matrix, a table is judged by the error of
 the logits, so its search can be weighted with what the head reads (`head_importance`).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,9 +58,10 @@ class Tables:
     placements: dict[str, tuple[tuple[int, int], Placement]] = field(default_factory=dict)  # module -> shape, placement
 
 
-def place_tables(model: nn.Module, recipe: Recipe) -> Tables:
+def place_tables(model: nn.Module, recipe: Recipe, decided: Mapping[str, str] = MappingProxyType({})) -> Tables:
     """What will be stored, and its exact bytes.
 
+    decided      module -> format, for tables that are `auto`; one that is not in it is left out
     Raises RecipeError when a tied pair is given two formats, or a table's hidden size does not fit its format.
     """
     tables = Tables()
@@ -69,10 +72,12 @@ def place_tables(model: nn.Module, recipe: Recipe) -> Tables:
             f"lm_head: {recipe.lm_head} differs from embedding: {recipe.embedding}, but {head} and {embedding} of this "
             f"model are one tied table; give both the same value."
         )
-    for name, option, choice in _choices(model, recipe):
+    for name, option, choice in table_choices(model, recipe, decided):
+        if choice == "auto":
+            continue
         weight = model.get_parameter(f"{name}.weight")
         rows, columns = weight.shape
-        tables.placements[name] = ((rows, columns), _place(weight, name, option, choice))
+        tables.placements[name] = ((rows, columns), _place(weight, name, option, choice, name in decided))
         if choice == "bf16":
             tables.dtypes[f"{name}.weight"] = torch.bfloat16
     if tied:
@@ -80,56 +85,71 @@ def place_tables(model: nn.Module, recipe: Recipe) -> Tables:
     return tables
 
 
-def _choices(model: nn.Module, recipe: Recipe) -> list[tuple[str, str, str]]:
-    """(module, the recipe's key, its value) of each table that is stored."""
+def table_choices(
+    model: nn.Module, recipe: Recipe, decided: Mapping[str, str] = MappingProxyType({})
+) -> list[tuple[str, str, str]]:
+    """(module, the recipe's key, what to store it as) of each table that is stored; `auto` where it is undecided."""
     found: list[tuple[str, str, str]] = [(embedding_name(model), "embedding", recipe.embedding)]
     head = head_name(model)
     if head is not None and not is_tied(model):
         found.append((head, "lm_head", recipe.lm_head))
-    return found
+    return [(name, option, decided.get(name, choice)) for name, option, choice in found]
 
 
-def _place(weight: Tensor, name: str, option: str, choice: str) -> Placement:
+def fitting(rows: int, columns: int) -> dict[str, Placement]:
+    """Every format that a [rows, columns] table fits, bf16 too. Tables are never padded."""
+    placed = {choice: method.place(rows, columns) for choice, method in TABLE_METHODS.items()}
+    found = {
+        choice: replace(place, size_bytes=place.size_bytes + EXTRA_BYTES[place.format])
+        for choice, place in placed.items()
+        if place.format is not None
+    }
+    return found | {"bf16": Placement(kept="recipe: bf16", size_bytes=rows * columns * 2)}
+
+
+def _place(weight: Tensor, name: str, option: str, choice: str, decided: bool) -> Placement:
     rows, columns = weight.shape
-    if choice == "bf16":
-        return Placement(kept="recipe: bf16", size_bytes=rows * columns * 2)
     if choice == "keep":  # which is stored in bf16 where that loses nothing
         value = weight.detach()
         size = 2 if torch.equal(value.bfloat16().to(value.dtype), value) else value.element_size()
         return Placement(kept="recipe: keep", size_bytes=rows * columns * size)
-    placement = TABLE_METHODS[choice].place(rows, columns)
-    if placement.kept is not None or placement.padding:
-        fit = [other for other, method in TABLE_METHODS.items() if method.place(rows, columns).kept is None]
+    fit = fitting(rows, columns)
+    if choice not in fit:
         raise RecipeError(
             f"{option}: {choice} does not fit {name}, whose rows of {columns} are not whole blocks of that format; "
-            f"use {', '.join([*fit, 'bf16'])} or keep."
+            f"use {', '.join(fit)} or keep."
         )
-    assert placement.format is not None
-    return replace(placement, size_bytes=placement.size_bytes + EXTRA_BYTES[placement.format])
+    place = fit[choice]
+    return replace(place, kept="budget: bf16") if decided and place.kept else place
 
 
 def pack_tables(
-    model: nn.Module, recipe: Recipe, importance: Tensor | None = None, *, windows: Tensor | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    importance: Tensor | None = None,
+    *,
+    windows: Tensor | None = None,
+    decided: Mapping[str, str] = MappingProxyType({}),
 ) -> Tables:
     """The tables of `place_tables`, packed.
 
     importance   [K] float32, the mean square of each channel that the head reads; weights the scale search of the head,
                  or of the table it is tied to. An untied embedding has no use for it: its rows are read one by one
     windows      [S, L] int64 to measure the importance on, where it is not given and some table has a use for it
+    decided      as for `place_tables`; here every table must have a format
     """
-    tables = place_tables(model, recipe)
+    tables = place_tables(model, recipe, decided)
     head = head_name(model)
     tied = f"{head}.weight" in tables.tied
     read = next(iter(tables.placements)) if tied else head
     if importance is None and windows is not None and read is not None and tables.placements[read][1].format:
         importance = head_importance(model, windows[:HEAD_WINDOWS])
-    for name, option, choice in _choices(model, recipe):
+    for name, option, choice in table_choices(model, recipe, decided):
         placement = tables.placements[name][1]
         if placement.format is None:
             continue
         module = model.get_submodule(name)
-        weighted = importance if tied or option == "lm_head" else None
-        stored = TABLE_METHODS[choice].apply(_as_linear(module), LayerPlan(placement, importance=weighted))
+        stored = packed_table(module, choice, placement, importance if tied or option == "lm_head" else None)
         if option == "lm_head":
             tables.packed[name] = stored
             continue
@@ -141,6 +161,11 @@ def pack_tables(
             tables.packed[head] = Packed(stored.kind, stored.tensors | own, stored.attributes)
             tables.tied = {f"{head}.{t}": f"{name}.{t}" for t in stored.tensors}
     return tables
+
+
+def packed_table(module: Any, choice: str, placement: Placement, importance: Tensor | None) -> Packed:
+    """A table in one of TABLE_METHODS, seen as a linear [V, K]. importance as for `pack_tables`."""
+    return TABLE_METHODS[choice].apply(_as_linear(module), LayerPlan(placement, importance=importance))
 
 
 def _as_linear(module: Any) -> nn.Linear:

@@ -2,7 +2,8 @@
 
     files          every file and every tensor still has the hash that the manifest recorded from memory
     torch          compressor.load
-    onnxruntime    every compressed node against our op on the node's own input, then the whole graph, then its cache
+    onnxruntime    every compressed node against our op on the node's own input, then the whole graph, then its cache;
+                   with the library of fused ops (kernels/ort) the same again, where it was built
     optimum, onnxruntime-genai, transformers     where installed
 
 A model with 4-bit activations is chaotic: a difference of one unit in the last place flips a rounding, which moves
@@ -17,8 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -29,13 +28,17 @@ import numpy as np
 
 from compressor.errors import VerificationError
 from compressor.folder import MANIFEST, read_manifest, sha256, write_manifest
+from compressor.kernels import native
+from compressor.own_process import run_module
 from compressor.progress import Progress, Silent
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
+LIBRARY = "onnxruntime + library"
 # The module each runtime needs; they are checked in this order and the first one is the reference of the others.
 RUNTIMES = {
     "torch": "torch",
     "onnxruntime": "onnxruntime",
+    LIBRARY: "onnxruntime",
     "optimum": "optimum.onnxruntime",
     "onnxruntime-genai": "onnxruntime_genai",
     "transformers": "compressed_tensors",
@@ -124,12 +127,14 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Check]:
 
 
 def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Path) -> str | None:
-    if name in ("onnxruntime", "optimum", "onnxruntime-genai") and not (folder / "model.onnx").is_file():
+    if name in ("onnxruntime", LIBRARY, "optimum", "onnxruntime-genai") and not (folder / "model.onnx").is_file():
         return "the recipe exports no ONNX graph"
     if name == "onnxruntime-genai" and manifest["kind"] != "causal-lm":
         return "not a language model"
     if name == "transformers" and manifest["loads_in"].get("transformers", "yes") != "yes":
         return manifest["loads_in"]["transformers"]
+    if name == LIBRARY and not native.built():
+        return "the library was not built"
     top = module.split(".")[0]
     if importlib.util.find_spec(top) is None or (top != module and importlib.util.find_spec(module) is None):
         return "not installed"
@@ -138,12 +143,10 @@ def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Pa
 
 def _in_own_process(name: str, folder: Path, scratch: Path) -> list[Check]:
     result = scratch / f"{name}.json"
-    command = [sys.executable, "-m", "compressor.verify_runtimes", name, str(folder), str(scratch), str(result)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode == 0 and result.is_file():
-        return [Check(**row) for row in json.loads(result.read_text())]
-    lines = [line for line in run.stderr.strip().splitlines() if line.strip()]
-    return [Check(name, "load", FAILED, lines[-1] if lines else f"exit code {run.returncode}")]
+    wrong = run_module("compressor.verify_runtimes", name, str(folder), str(scratch), str(result))
+    if wrong is not None:
+        return [Check(name, "load", FAILED, wrong)]
+    return [Check(**row) for row in json.loads(result.read_text())]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

@@ -22,8 +22,8 @@ from compressor.artifact import Artifact
 from compressor.data import text_of, windows
 from compressor.errors import CompressorError
 from compressor.folder import load
-from compressor.layers import QuantLinear, QuantModule, build
-from compressor.verify import FAILED, OK, Check, relative
+from compressor.layers import QuantEmbedding, QuantLinear, QuantModule, build
+from compressor.verify import FAILED, LIBRARY, OK, Check, relative
 
 PROMPT_TOKENS = 48
 GREEDY_TOKENS = 64
@@ -110,7 +110,21 @@ def check_torch(folder: Path, scratch: Path) -> list[Check]:
     return rows
 
 
-def check_onnxruntime(folder: Path, scratch: Path) -> list[Check]:
+def _in_plain_torch(module: QuantModule, x: Tensor) -> Tensor:
+    """What the module's reference says, whether or not its op has a fused kernel here."""
+    module.hold_dense()
+    if isinstance(module, QuantEmbedding):
+        assert module.dense is not None
+        return module.dense[x] * module.attributes["multiplier"]
+    return module(x)
+
+
+def check_library(folder: Path, scratch: Path) -> list[Check]:
+    """The same file with the library of fused ops."""
+    return check_onnxruntime(folder, scratch, LIBRARY)
+
+
+def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") -> list[Check]:
     """Node by node on the node's own input, then the whole graph and its cache without activation rounding."""
     from compressor.exporters.onnx_graph import compressed_nodes, smooth_graph
     from compressor.runtimes import OnnxSession, expose, read_graph
@@ -122,45 +136,41 @@ def check_onnxruntime(folder: Path, scratch: Path) -> list[Check]:
     nodes = compressed_nodes(graph, artifact.packed)  # module -> (input name, output name)
     missing = sorted(set(artifact.packed) - set(nodes))
     if missing:
-        return [Check("onnxruntime", "nodes", FAILED, f"no node for {', '.join(missing[:3])}")]
+        return [Check(name, "nodes", FAILED, f"no node for {', '.join(missing[:3])}")]
     expose(graph, [name for pair in nodes.values() for name in pair if name not in {i.name for i in graph.graph.input}])
-    session = OnnxSession(folder, graph)
+    session = OnnxSession(folder, graph, name == LIBRARY)
     feeds = {"input_ids": ids.numpy()}
     outputs = {**feeds, **session.run(ids)}
     del session
     rows, worst, where = [], 0.0, ""
-    for name, (source, target) in nodes.items():
+    for module, (source, target) in nodes.items():
         with torch.inference_mode():
-            module: QuantModule = build(artifact.packed[name])
-            expected = module(torch.from_numpy(outputs[source])).numpy()
+            expected = _in_plain_torch(build(artifact.packed[module]), torch.from_numpy(outputs[source])).numpy()
         error = relative(outputs[target].reshape(expected.shape), expected)
         if error > NODE_TOLERANCE:
-            rows.append(Check("onnxruntime", name, FAILED, f"differs by {error:.1e} from our op on the same input"))
+            rows.append(Check(name, module, FAILED, f"differs by {error:.1e} from our op on the same input"))
         if error >= worst:
-            worst, where = error, name
+            worst, where = error, module
     if not rows:
-        rows.append(Check("onnxruntime", "nodes", OK, f"{len(nodes)} nodes, worst {worst:.1e} ({where})"))
+        rows.append(Check(name, "nodes", OK, f"{len(nodes)} nodes, worst {worst:.1e} ({where})"))
     noise = float(reference["noise"])
     if rounds_activations(artifact):
-        rows.append(_noise("onnxruntime", reference["deployed"], outputs[_result(outputs)], noise))
-    smooth = OnnxSession(folder, smooth_graph(read_graph(folder)) if rounds_activations(artifact) else None)
+        rows.append(_noise(name, reference["deployed"], outputs[_result(outputs)], noise))
+    without = smooth_graph(read_graph(folder)) if rounds_activations(artifact) else None
+    smooth = OnnxSession(folder, without, name == LIBRARY)
     view = " without activation rounding" if rounds_activations(artifact) else ""
     logits, _ = smooth.prefill(ids)
-    rows.append(
-        _within("onnxruntime", f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE)
-    )
+    rows.append(_within(name, f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE))
     if artifact.kind == "causal-lm":
         half = ids.shape[1] // 2
         _, past = smooth.prefill(ids[:, :half])
         rest, _ = smooth.prefill(ids[:, half:], past)
         found = relative(rest.numpy(), reference["smooth"][:, half:])
-        rows.append(_within("onnxruntime", f"cached decode{view}", found, GRAPH_TOLERANCE))
-        rows.append(
-            _tokens("onnxruntime", f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist())
-        )
+        rows.append(_within(name, f"cached decode{view}", found, GRAPH_TOLERANCE))
+        rows.append(_tokens(name, f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist()))
         pair, mask = padded_pair(ids)
         found = relative(smooth.run(pair, mask=mask)["logits"][mask.bool()], reference["batch"][mask.bool()])
-        rows.append(_within("onnxruntime", f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
+        rows.append(_within(name, f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
     return rows
 
 
@@ -300,6 +310,7 @@ def _result(outputs: dict[str, np.ndarray]) -> str:
 CHECKS = {
     "torch": check_torch,
     "onnxruntime": check_onnxruntime,
+    LIBRARY: check_library,
     "optimum": check_optimum,
     "onnxruntime-genai": check_genai,
     "transformers": check_transformers,

@@ -86,9 +86,17 @@ def nvfp4(x: Tensor, global_scale: Tensor, four_over_six: bool = False) -> Tenso
     best = _nvfp4_with(blocks, codec.nvfp4_block_scale(amax, global_scale), global_scale)
     if four_over_six:
         other = _nvfp4_with(blocks, codec.nvfp4_block_scale(amax, global_scale, top=4.0), global_scale)
-        better = (other - blocks).square().sum(-1, keepdim=True) < (best - blocks).square().sum(-1, keepdim=True)
-        best = torch.where(better, other, best)
+        best = torch.where(_error(other, blocks) < _error(best, blocks), other, best)
     return best.flatten(-2)
+
+
+def _error(found: Tensor, blocks: Tensor) -> Tensor:
+    """Squared error of each block [..., 16] -> [..., 1]. Halves are added until one is left: which order is part of the
+    contract, because the two errors that are compared may differ by their last bit."""
+    errors = (found - blocks).square()
+    while (half := errors.shape[-1] // 2):
+        errors = errors[..., :half] + errors[..., half:]
+    return errors
 
 
 def _nvfp4_with(blocks: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Contract, all on one device; formats are those of codec.FLOATS:
     bias                 [N]           float, optional
     format               "e2m1" | "e3m0" | "e1m2" | "e3m2" | "e2m3" | "e4m3" | "e5m2"
     activations          "none" | "<format>_static": one scale for all tokens
-The body below is the reference: float32 arithmetic, weights dequantized in full.
+`reference` is the specification: float32 arithmetic, weights dequantized in full. On a CPU the op runs the fused
+kernel where it was built (kernels/ort), whose sums have another order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import activations as act
-from compressor.kernels import codec
+from compressor.kernels import codec, native
 
 
 def dequantize(weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None, format: str) -> Tensor:
@@ -31,6 +32,22 @@ def dequantize(weight_packed: Tensor, weight_scale: Tensor, weight_global_scale:
         step = step / weight_global_scale
     blocks = codec.blocks_of(values, values.shape[1] // step.shape[1])
     return (blocks * step.unsqueeze(-1)).flatten(-2)
+
+
+def reference(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_shift: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    activations: str,
+) -> Tensor:
+    weight = dequantize(weight_packed, weight_scale, weight_global_scale, format)
+    quantized = act.quantize(x, activations, input_scale=input_scale, input_shift=input_shift)
+    return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 @torch.library.custom_op("compressor::float_linear", mutates_args=())
@@ -45,9 +62,14 @@ def float_linear(
     format: str,
     activations: str,
 ) -> Tensor:
-    weight = dequantize(weight_packed, weight_scale, weight_global_scale, format)
-    quantized = act.quantize(x, activations, input_scale=input_scale, input_shift=input_shift)
-    return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
+    if native.serves(x):
+        block = 0 if weight_global_scale is None else x.shape[-1] // weight_scale.shape[1]
+        attributes: dict[str, str | int] = {"format": format, "activations": activations, "block_size": block}
+        inputs = [weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias]
+        return native.linear("FloatLinear", attributes, x, inputs, weight_packed.shape[0])
+    return reference(
+        x, weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias, format, activations
+    )
 
 
 @float_linear.register_fake

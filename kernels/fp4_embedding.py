@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.kernels import native
 from compressor.kernels.fp4_linear import dequantize
 
 
-@torch.library.custom_op("compressor::fp4_embedding", mutates_args=())
-def fp4_embedding(
+def reference(
     ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None, format: str
 ) -> Tensor:
     rows = ids.flatten()
@@ -27,6 +27,16 @@ def fp4_embedding(
     scale = weight_scale.view(torch.uint8)[rows].view(weight_scale.dtype)
     values = dequantize(weight_packed[rows], scale, weight_global_scale)
     return values.unflatten(0, ids.shape) if ids.dim() != 1 else values
+
+
+@torch.library.custom_op("compressor::fp4_embedding", mutates_args=())
+def fp4_embedding(
+    ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None, format: str
+) -> Tensor:
+    if native.serves(weight_packed):
+        inputs = [ids, weight_packed, weight_scale, weight_global_scale]
+        return native.run("FP4Embedding", {"format": format}, inputs, (*ids.shape, weight_packed.shape[1] * 2))
+    return reference(ids, weight_packed, weight_scale, weight_global_scale, format)
 
 
 @fp4_embedding.register_fake

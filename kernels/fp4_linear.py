@@ -10,7 +10,8 @@ Contract, all on one device:
     format               "nvfp4" | "mxfp4"
     activations          "none" | "nvfp4" | "mxfp4" | "int8" | "fp8" (the last two: one scale a token)
     hadamard             block size of H, which rotates x first (activations.rotate); 0: no rotation
-The body below is the reference: float32 arithmetic, weights dequantized in full.
+`reference` is the specification: float32 arithmetic, weights dequantized in full. On a CPU the op runs the fused
+kernel where it was built (kernels/ort), whose sums have another order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import activations as act
-from compressor.kernels import codec
+from compressor.kernels import codec, native
 
 
 def dequantize(weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None) -> Tensor:
@@ -31,6 +32,23 @@ def dequantize(weight_packed: Tensor, weight_scale: Tensor, weight_global_scale:
         step = weight_scale.float() / weight_global_scale
     block = values.shape[1] // step.shape[1]
     return (codec.blocks_of(values, block) * step.unsqueeze(-1)).flatten(-2)
+
+
+def reference(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_global_scale: Tensor | None,
+    input_global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    activations: str,
+    four_over_six: bool,
+    hadamard: int = 0,
+) -> Tensor:
+    weight = dequantize(weight_packed, weight_scale, weight_global_scale)
+    quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard)
+    return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 @torch.library.custom_op("compressor::fp4_linear", mutates_args=())
@@ -46,9 +64,19 @@ def fp4_linear(
     four_over_six: bool,
     hadamard: int = 0,
 ) -> Tensor:
-    weight = dequantize(weight_packed, weight_scale, weight_global_scale)
-    quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard)
-    return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
+    if native.serves(x):
+        attributes: dict[str, str | int] = {
+            "format": format,
+            "activations": activations,
+            "four_over_six": int(four_over_six),
+            "hadamard": hadamard,
+        }
+        inputs = [weight_packed, weight_scale, weight_global_scale, input_global_scale, bias]
+        return native.linear("FP4Linear", attributes, x, inputs, weight_packed.shape[0])
+    return reference(
+        x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations,
+        four_over_six, hadamard,
+    )  # fmt: skip
 
 
 @fp4_linear.register_fake

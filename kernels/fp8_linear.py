@@ -7,7 +7,8 @@ Contract, all on one device:
     bias          [N]        float, optional
     activations   "none" | "fp8" (dynamic, one scale a token)
     hadamard      block size of H, which rotates x first (activations.rotate); 0: no rotation
-The body below is the reference: float32 arithmetic, weights dequantized in full.
+`reference` is the specification: float32 arithmetic, weights dequantized in full. On a CPU the op runs the fused
+kernel where it was built (kernels/ort), whose sums have another order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import activations as act
+from compressor.kernels import native
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -23,14 +25,23 @@ def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
     return weight.float() * weight_scale.float()
 
 
-@torch.library.custom_op("compressor::fp8_linear", mutates_args=())
-def fp8_linear(
+def reference(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str, hadamard: int = 0
 ) -> Tensor:
     rounded = act.quantize(x, activations, hadamard=hadamard)
     return torch.nn.functional.linear(
         rounded, dequantize(weight, weight_scale), None if bias is None else bias.float()
     ).to(x.dtype)
+
+
+@torch.library.custom_op("compressor::fp8_linear", mutates_args=())
+def fp8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str, hadamard: int = 0
+) -> Tensor:
+    if native.serves(x):
+        attributes: dict[str, str | int] = {"activations": activations, "hadamard": hadamard}
+        return native.linear("FP8Linear", attributes, x, [weight, weight_scale, bias], weight.shape[0])
+    return reference(x, weight, weight_scale, bias, activations, hadamard)
 
 
 @fp8_linear.register_fake

@@ -12,16 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.kernels import native
 from compressor.kernels.int_linear import dequantize
+
+
+def reference(
+    ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    rows = ids.flatten()
+    values = dequantize(weight_packed[rows], weight_scale[rows], bits, group_size, in_features)
+    return values.unflatten(0, ids.shape) if ids.dim() != 1 else values
 
 
 @torch.library.custom_op("compressor::int_embedding", mutates_args=())
 def int_embedding(
     ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, bits: int, group_size: int, in_features: int
 ) -> Tensor:
-    rows = ids.flatten()
-    values = dequantize(weight_packed[rows], weight_scale[rows], bits, group_size, in_features)
-    return values.unflatten(0, ids.shape) if ids.dim() != 1 else values
+    if native.serves(weight_packed):
+        attributes: dict[str, str | int] = {"bits": bits, "group_size": group_size, "in_features": in_features}
+        inputs = [ids, weight_packed, weight_scale.float()]
+        return native.run("IntEmbedding", attributes, inputs, (*ids.shape, in_features))
+    return reference(ids, weight_packed, weight_scale, bits, group_size, in_features)
 
 
 @int_embedding.register_fake

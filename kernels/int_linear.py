@@ -10,7 +10,8 @@ Contract, all on one device:
     input_scale   [1]                   float32, multiplies the codes of x; a power of two where we choose it
     input_offset  [K]                   z, float32, optional: subtracted from x, whatever `activations` says
     hadamard      block size of H, which rotates x first (activations.rotate); 0: no rotation
-The body below is the reference: float32 arithmetic, weights dequantized in full.
+`reference` is the specification: float32 arithmetic, weights dequantized in full. On a CPU the op runs the fused
+kernel where it was built (kernels/ort), which sums in another order and integers exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import activations as act
-from compressor.kernels import codec
+from compressor.kernels import codec, native
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
@@ -29,6 +30,23 @@ def dequantize(weight: Tensor, weight_scale: Tensor, bits: int, group_size: int,
     if group_size:
         step = step.repeat_interleave(group_size, dim=1)[:, :in_features]
     return values.float() * step
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activations: str,
+    input_scale: Tensor | None = None,
+    input_offset: Tensor | None = None,
+    hadamard: int = 0,
+) -> Tensor:
+    dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
+    rounded = act.quantize(x, activations, input_scale=input_scale, input_offset=input_offset, hadamard=hadamard)
+    return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float()).to(x.dtype)
 
 
 @torch.library.custom_op("compressor::int_linear", mutates_args=())
@@ -44,9 +62,20 @@ def int_linear(
     input_offset: Tensor | None = None,
     hadamard: int = 0,
 ) -> Tensor:
-    dense = dequantize(weight, weight_scale, bits, group_size, x.shape[-1])
-    rounded = act.quantize(x, activations, input_scale=input_scale, input_offset=input_offset, hadamard=hadamard)
-    return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float()).to(x.dtype)
+    if native.serves(x):
+        attributes: dict[str, str | int] = {
+            "bits": bits,
+            "group_size": group_size,
+            "activations": activations,
+            "packed": int(weight.dtype != torch.int8),
+            "in_features": x.shape[-1],
+            "hadamard": hadamard,
+        }
+        inputs = [weight, weight_scale, bias, input_scale, input_offset]
+        return native.linear("IntLinear", attributes, x, inputs, weight.shape[0])
+    return reference(
+        x, weight, weight_scale, bias, bits, group_size, activations, input_scale, input_offset, hadamard
+    )
 
 
 @int_linear.register_fake

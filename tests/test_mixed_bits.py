@@ -9,10 +9,11 @@ import yaml
 from torch import nn
 
 from compressor import Recipe, compress, load
+from compressor.allocation import Choice, Table
 from compressor.calibrate import calibrate, sites
 from compressor.errors import RecipeError
 from compressor.layers import build
-from compressor.methods.mixed_bits import MixedBits
+from compressor.methods.mixed_bits import GPTQ_SHARE, MixedBits
 from compressor.methods.quantize import Quantize
 from compressor.model import linears
 from compressor.pipeline import plan_of
@@ -100,6 +101,21 @@ def test_the_cost_of_an_allocation_is_the_kl_of_the_model(case):
         found[bits] = (kl, decision.allocation.cost)
         assert 0.6 < decision.allocation.cost / kl < 1.6, found
     assert found[6.0][0] < 0.5 * found[4.5][0] and found[8.3][0] < 0.05 * found[4.5][0]
+
+
+def test_gptq_counts_for_weights_and_not_for_inputs_and_tables(case):
+    _, layers, _, fisher = case
+    calibration = calibrate(case[0], WINDOWS, {ChannelSquare, BlockNoise})
+    tables = {"table": Table((1, 64), (Choice("row", 64, 0.25),))}
+
+    def cost(**options):
+        method = MixedBits(bits=4.505, choices=("nvfp4", "fp8"), **options)  # room for the table alone
+        return method.survey(layers, calibration, fisher, tables).allocation.cost
+
+    nearest, gptq = (cost(rounding=r) - 0.25 for r in ("nearest", "gptq"))
+    assert gptq == pytest.approx(GPTQ_SHARE * nearest) and nearest > 0
+    inputs = cost(activations="match") - 0.25 - nearest
+    assert cost(activations="match", rounding="gptq") == pytest.approx(gptq + inputs + 0.25) and inputs > 0
 
 
 @pytest.mark.parametrize("bits", [4.6, 5.5, 6.4, 7.3])

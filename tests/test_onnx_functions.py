@@ -1,4 +1,4 @@
-"""Every body, run by stock onnxruntime, against the torch op on the same input."""
+"""Every body, run by stock onnxruntime, against the op's reference on the same input."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from compressor.exporters import onnx_functions, onnx_nodes
 from compressor.kernels import codec
 from compressor.kernels.activations import STATIC_FLOATS
-from compressor.kernels.float_linear import float_linear
-from compressor.kernels.fp4_embedding import fp4_embedding
-from compressor.kernels.fp4_linear import fp4_linear
-from compressor.kernels.fp8_linear import fp8_linear
-from compressor.kernels.int_embedding import int_embedding
-from compressor.kernels.int_linear import int_linear
+from compressor.kernels.float_linear import reference as float_linear
+from compressor.kernels.fp4_embedding import reference as fp4_embedding
+from compressor.kernels.fp4_linear import reference as fp4_linear
+from compressor.kernels.fp8_linear import reference as fp8_linear
+from compressor.kernels.int_embedding import reference as int_embedding
+from compressor.kernels.int_linear import reference as int_linear
 
 K, N = 96, 40
 INPUT_DIVISOR = torch.tensor([23.5])

@@ -234,6 +234,42 @@ def test_an_input_that_is_much_better_with_a_scale_a_token_gets_one(tiny):
     assert all(s.scale is None for s in never.fold(twin(model), calibrate(model, ids, never.fold_needs())).sites)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_inputs_with_a_scale_a_token_are_rotated_where_that_lowers_the_error(tiny, name):
+    model = tiny(name)
+    with torch.no_grad():
+        for n, layer in linears(model).items():
+            if n.endswith(("up_proj", "fc1")):
+                layer.weight[5] *= 40  # one channel of the second linear's input
+    original = output(model)
+    working, inputs, _, made = packed(model, bits=6, hadamard=16, alpha=0.0)
+    _, plain, _, without = packed(model, bits=6, alpha=0.0)
+    assert (output(working) - original).abs().max() <= 1e-4 * original.abs().max()
+    rotated = [s for s in inputs.sites if s.hadamard]
+    assert rotated and all(s.scale is None for s in rotated)
+    for site in inputs.sites:
+        before = plain.of(site.names[0])
+        assert site.token_error <= before.token_error
+        if site.scale is None:
+            assert (site.token_error < before.token_error) == bool(site.hadamard) == bool(site.row()["hadamard"])
+    for layer, p in made.items():
+        assert p.attributes.get("hadamard", 0) == inputs.of(layer).hadamard
+    layer = rotated[-1].names[0]
+    x = torch.randn(64, made[layer].attributes["in_features"], generator=torch.Generator().manual_seed(1))
+    x[:, 5] *= 8
+    y = model.get_submodule(layer)(x).detach()
+    errors = [float((build(found[layer])(x) - y).norm() / y.norm()) for found in (made, without)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_a_rotation_needs_our_own_ops(tiny, tiny_tokenizer, text):
+    with pytest.raises(RecipeError, match="hadamard is not what transformers computes; set runtime: compressor"):
+        Recipe.from_dict({"runtime": "transformers", "steps": [{"outlier_tune": {"hadamard": 64}}]})
+    artifact = run(tiny("llama"), tiny_tokenizer, text, bits=6, hadamard=16, static_within=0.0)
+    assert any(p.attributes.get("hadamard") for p in artifact.packed.values())
+    assert "rotated in blocks of 16" in hf_config.loads_in(artifact)["transformers"]
+
+
 def test_gptq_lowers_the_error_of_the_folded_layer(tiny):
     model = outliers(tiny("llama"))
     errors = {}

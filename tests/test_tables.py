@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused_with_what_does(tiny: Any) -> None:
 
 
 def test_a_wrong_name_is_told_what_there_is() -> None:
-    with pytest.raises(RecipeError, match="embedding is 'int4-g46'; did you mean 'int4-g64'\\? Allowed: bf16, int4,"):
+    with pytest.raises(RecipeError, match="embedding is 'int4-g46'; did you mean 'int4-g64'\\? Allowed: auto, bf16,"):
         recipe("int4-g46", "bf16")
 
 

@@ -5,6 +5,8 @@ A method is a frozen dataclass whose fields are its recipe options. One that sto
     place(out_features, in_features) -> Placement      what will happen to a layer, from its shape alone
     survey_needs()                                     statistics for decisions over the whole model, often none
     survey(layers, calibration, fisher) -> decisions   guards, bits: anything with a report() for the manifest
+    place_all(shapes, tables) -> {name: Placement}     only of a method that shares a budget out; its survey takes the
+                                                       tables too, and its decisions have table_formats
     needs()                                            the statistics of one block's inputs
     plan(layers, calibration, decisions) -> {name: plan}   what the layers of one block share
     apply(layer, plan) -> Packed                       one layer, pure: tensors in, Packed out

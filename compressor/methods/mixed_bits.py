@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from torch import nn
 
-from compressor.allocation import Allocation, Choice, allocate
+from compressor.allocation import Allocation, Choice, Table, allocate
 from compressor.calibrate import Calibration
 from compressor.errors import RecipeError
 from compressor.layers import Packed, build
@@ -29,6 +30,11 @@ MEGABYTE = 1_000_000
 INPUT_NOISE = {"none": 0.0, "nvfp4": 1.0, "mxfp4": 1.0, "int8": EIGHT_BIT_NOISE, "fp8": EIGHT_BIT_NOISE}
 
 
+# What GPTQ leaves of the KL that rounding to nearest costs: 0.66 for NVFP4, 0.52 for INT4 (docs/gptq.md). Formats are
+# compared to nearest, and this weighs them against what GPTQ does not touch: tables and rounded inputs.
+GPTQ_SHARE = 0.6
+
+
 @dataclass(frozen=True)
 class Decision:
     """The format of every layer of a step, and the allocation that led to it, by site."""
@@ -36,6 +42,11 @@ class Decision:
     formats: dict[str, str]  # layer -> format; a layer that no format fits has the first choice, which says why
     allocation: Allocation
     sites: dict[str, tuple[str, ...]]  # group of the allocation -> the linears in it
+    tables: dict[str, Table] = field(default_factory=dict)  # that take part, each a group of its own
+
+    @property
+    def table_formats(self) -> dict[str, str]:
+        return {name: self.allocation.choices[name] for name in self.tables}
 
     def report(self) -> dict[str, object]:
         """For the manifest: what was chosen, and what storing every site the same way would have given."""
@@ -44,12 +55,22 @@ class Decision:
             "size_bytes": self.allocation.size_bytes,
             "budget_bytes": self.allocation.budget_bytes,
             "formats": dict(sorted(self.formats.items())),
+            "tables": {
+                name: {
+                    "format": self.allocation.choices[name],
+                    "size_bytes": {c.name: c.size_bytes for c in table.choices},
+                    "cost": {c.name: round(c.cost, 9) for c in table.choices},
+                }
+                for name, table in self.tables.items()
+            },
         }
 
 
 @dataclass(frozen=True)
 class MixedBits:
     """`bits` (a weight, scales counted) or `size_mb` (10^6 bytes): the budget of all the step's layers together.
+
+    Token tables that are `auto` in the recipe are among them, those with a format of their own are not.
 
     activations: `match` rounds them to the format of the weights where a runtime pairs the two, else not.
     group_size is for the integer formats that take groups; the other options are handed to each format's Quantize.
@@ -99,38 +120,55 @@ class MixedBits:
         With size_mb that average is known to `place_all` only, and this is the layer at its smallest.
         """
         placed = {c: m.place(out_features, in_features) for c, m in self._methods().items()}
-        fitting = {c: p for c, p in placed.items() if p.kept is None}
+        fitting = [c for c, p in placed.items() if p.kept is None]
         if not fitting:
             return next(iter(placed.values()))
-        sizes = sorted(p.size_bytes for p in fitting.values())
+        sizes = self._sizes(out_features, in_features)
         share = int((self.bits or 0) * out_features * in_features / 8)
         note = f"one of {', '.join(fitting)}"
         if absent := [f"not {c}, {p.kept}" for c, p in placed.items() if p.kept]:
             note += f" ({'; '.join(absent)})"
-        return Placement("mixed", size_bytes=min(max(share, sizes[0]), sizes[-1]), note=note)
+        return Placement("mixed", size_bytes=min(max(share, min(sizes)), max(sizes)), note=note)
 
-    def place_all(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Placement]:
-        """`place` of all the step's layers, with the budget shared out. Raises RecipeError when it cannot be met."""
-        fitting = {name: shape for name, shape in shapes.items() if self.place(*shape).kept is None}
-        weights = sum(n * k for n, k in fitting.values())
-        least = sum(
-            min(p.size_bytes for m in self._methods().values() if (p := m.place(*shape)).kept is None)
-            for shape in fitting.values()
-        )
-        budget = self._budget(weights, least)
-        average = replace(self, bits=budget * 8 / weights, size_mb=None) if weights else self
-        return {name: average.place(*shape) for name, shape in shapes.items()}
+    def _sizes(self, out_features: int, in_features: int) -> list[int]:
+        """Bytes of a layer in each format that fits it."""
+        placed = [method.place(out_features, in_features) for method in self._methods().values()]
+        return [place.size_bytes for place in placed if place.kept is None]
+
+    def place_all(
+        self, shapes: Mapping[str, tuple[int, int]], tables: Mapping[str, Table] = MappingProxyType({})
+    ) -> dict[str, Placement]:
+        """`place` of all the step's layers and `tables`, with the budget shared out.
+
+        Each gets the same share of what lies between its smallest and its largest format. Raises RecipeError when the
+        smallest are too much.
+        """
+        placed = {name: self.place(*shape) for name, shape in shapes.items()}
+        sizes = {name: self._sizes(*shape) for name, shape in shapes.items() if placed[name].kept is None}
+        weights = sum(math.prod(shapes[name]) for name in sizes)
+        for name, table in tables.items():
+            placed[name] = Placement("mixed", note=f"one of {', '.join(c.name for c in table.choices)}")
+            sizes[name] = [c.size_bytes for c in table.choices]
+            weights += math.prod(table.shape)
+        least, most = (sum(end(found) for found in sizes.values()) for end in (min, max))
+        room = min(self._budget(weights, least, bool(tables)), most) - least
+        for name, found in sizes.items():
+            share = room * (max(found) - min(found)) // max(most - least, 1)
+            placed[name] = replace(placed[name], size_bytes=min(found) + share)
+        return placed
 
     def survey(
         self,
         layers: Mapping[str, nn.Linear],
         calibration: Calibration | None,
         fisher: Fisher | None = None,
+        tables: Mapping[str, Table] = MappingProxyType({}),
     ) -> Decision:
         """Round every layer to nearest in every format, weigh the errors, share out the budget.
 
         fisher: of the layers, for sensitivity kl. Without calibration each layer is a site of its own and
-        channels weigh the same. A layer without any format that fits is not counted. Raises RecipeError when the
+        channels weigh the same. A layer without any format that fits is not counted. tables: those that take part,
+        with costs in the same unit. Raises RecipeError when the
         budget is too small, or `fisher` is missing.
         """
         if self.sensitivity == "kl" and fisher is None:
@@ -141,6 +179,7 @@ class MixedBits:
         }
         planned = {choice: method.plan(layers, calibration) for choice, method in nearest.items()}
         sites = _sites(layers, calibration)
+        left = GPTQ_SHARE if self.rounding == "gptq" else 1.0
         groups: dict[str, list[Choice]] = {}
         for group, names in sites.items():
             totals: dict[str, tuple[int, float]] = {}
@@ -152,15 +191,17 @@ class MixedBits:
                 for choice, (size, cost) in weighed.items():
                     before = totals.get(choice, (0, 0.0))
                     share = INPUT_NOISE[self._activations(choice)]
-                    totals[choice] = (before[0] + size, before[1] + cost + share * inputs)
+                    totals[choice] = (before[0] + size, before[1] + left * cost + share * inputs)
             if totals:
                 groups[group] = [Choice(choice, *total) for choice, total in totals.items()]
         weights = sum(layers[name].weight.numel() for group in groups for name in sites[group])
+        weights += sum(math.prod(table.shape) for table in tables.values())
+        groups |= {name: [*table.choices] for name, table in tables.items()}
         least = sum(min(c.size_bytes for c in options) for options in groups.values())
-        allocation = allocate(groups, self._budget(weights, least))
+        allocation = allocate(groups, self._budget(weights, least, bool(tables)), tables)
         first = self.choices[0]
         formats = {n: allocation.choices.get(group, first) for group, names in sites.items() for n in names}
-        return Decision(formats, allocation, sites)
+        return Decision(formats, allocation, sites, dict(tables))
 
     def plan(
         self, layers: Mapping[str, nn.Linear], calibration: Calibration | None, decision: Decision
@@ -176,15 +217,16 @@ class MixedBits:
         assert plan.placement.format is not None, "a layer that is kept has no packed form"
         return self._methods()[plan.placement.format].apply(layer, plan)
 
-    def _budget(self, weights: int, least: int) -> int:
+    def _budget(self, weights: int, least: int, tables: bool) -> int:
         """Bytes for `weights` weights, whose smallest formats take `least`. Raises RecipeError when that is more."""
         exact = self.bits * weights / 8 if self.bits is not None else (self.size_mb or 0.0) * MEGABYTE
         if least <= (budget := math.floor(exact)):
             return budget
         smallest = least * 8 / weights if self.bits is not None else least / MEGABYTE
         option, given = ("bits", self.bits) if self.bits is not None else ("size_mb", self.size_mb)
+        what = "these layers and the tables that are auto" if tables else "these layers"
         raise RecipeError(
-            f"mixed_bits: {option} is {given:g}, but the smallest that {', '.join(self.choices)} can give these layers "
+            f"mixed_bits: {option} is {given:g}, but the smallest that {', '.join(self.choices)} can give {what} "
             f"is {math.ceil(smallest * 1000) / 1000:g}; raise {option} or add a smaller format to choices."
         )
 

@@ -1,0 +1,37 @@
+// y = round(x) . W^T + b over threads, for every op that multiplies with a stored matrix.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "matrix.h"
+#include "op.h"
+#include "threads.h"
+
+namespace compressor {
+
+// y [T, N] for x [T, K]; float32 sums of what kernels/*.py multiplies. bias [N] or null.
+void linear(const Matrix&, const Rounding&, const float* x, int64_t tokens, const float* bias, float* y,
+            const Threads&);
+
+// The same for int8 codes [N, K] and a rule of integers: exact int32 sums, then (sum * step) * scale + bias.
+void integer_linear(const Matrix&, const Rounding&, const float* x, int64_t tokens, const float* bias, float* y,
+                    const Threads&);
+
+// `activations` of an op -> rule; `allowed` is what the op takes, separated by ", ". Raises Error.
+Rounding rounding(const char* op, const std::string& activations, const char* allowed);
+void set_hadamard(const char* op, Rounding&, int64_t hadamard);
+
+// x's shape with N in place of K. Raises Error where K differs or blocks of the rounding do not divide it.
+std::vector<int64_t> output_shape(const Op&, const Tensor& x, int64_t columns, int64_t rows, const Rounding&);
+
+// Inputs 1 to 3 of an op with FP4 weights.
+void expect_fp4(const Op&, const std::vector<Tensor>& inputs, bool nvfp4);
+// E4M3 block scales over a divisor into `m`.
+void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor);
+// The values of E2M1 and the steps of NVFP4 (divisor given) or MXFP4 blocks into `m`.
+void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tensor& divisor);
+// Offset-binary words or int8 with float scales into `m`.
+void int_matrix(Matrix& m, const Tensor& codes, const Tensor& scale, int64_t bits, int64_t group, int64_t columns);
+
+}  // namespace compressor

@@ -1,0 +1,100 @@
+// How a weight matrix is stored, how inputs are rounded, and the kernels that one instruction set offers for both.
+//
+// T tokens, K in-features, N out-features. A stored row is decoded 32 elements at a time, in an order that suits the
+// instruction set; inputs are brought into the same order first ("arranged") and padded with zeros to a multiple of 32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace compressor {
+
+// 4, 6 and 2 bits: codes of a table, little endian, low bits first (6 bits: four codes in three bytes). Bytes: as named.
+enum class Codes { NIBBLE, SIX, CRUMB, INT8, OFFSET8, E4M3, E5M2 };
+
+constexpr int64_t CHUNK = 32;
+constexpr int64_t TOKENS_AT_ONCE = 128;  // at most, in one call of a kernel: their inputs stay in the second-level cache
+constexpr int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
+constexpr int64_t chunk_bytes(Codes codes) {
+  return codes == Codes::NIBBLE ? 16 : codes == Codes::SIX ? 24 : codes == Codes::CRUMB ? 8 : 32;
+}
+
+// value[n, k] = decode(codes[n, k]) * scale[n, k / block], used where it lies: nothing is copied or expanded.
+struct Matrix {
+  int64_t rows = 0, columns = 0;  // N, K
+  Codes codes = Codes::NIBBLE;
+  const uint8_t* data = nullptr;
+  int64_t row_bytes = 0;
+  alignas(64) float table[64] = {};  // values of the codes of 2, 4 and 6 bits; 4 bits: exact in bfloat16
+
+  int64_t block = 0, scales_a_row = 1;
+  const uint8_t* scale_bytes = nullptr;  // one byte each, its value in `step` …
+  const float* scale_floats = nullptr;   // … or float32
+  float step[256] = {};
+
+  float scale(int64_t row, int64_t index) const {
+    int64_t at = row * scales_a_row + index;
+    return scale_bytes ? step[scale_bytes[at]] : scale_floats[at];
+  }
+  // log2(block / 16) where that is whole, so that both halves of a chunk have one scale each; 62 for one scale a row.
+  int shift() const {
+    if (scales_a_row == 1) return 62;
+    for (int s = 0; s < 40; ++s)
+      if (block == int64_t(16) << s) return s;
+    return -1;
+  }
+};
+
+// A float of few bits, as in kernels/codec.py.
+struct FloatFormat {
+  const char* name;
+  int exponent, mantissa;
+  float top;
+  int bits() const { return 1 + exponent + mantissa; }
+  int lowest() const { return 2 - (1 << (exponent - 1)); }
+};
+const FloatFormat* float_format(const char* name);              // null where unknown
+void float_values(const FloatFormat&, float* values);           // of all 2^bits codes
+const float* byte_values(const char* name);                      // of the 256 codes of e4m3, e5m2 or e8m0
+
+enum class Rule { NONE, NVFP4, MXFP4, INT_TOKEN, INT_STATIC, FLOAT_TOKEN, FLOAT_STATIC };
+
+// What kernels/activations.py does to a row before the product, in its order and with its bits.
+struct Rounding {
+  Rule rule = Rule::NONE;
+  int bits = 8;                     // integer rules
+  FloatFormat format{};             // float rules
+  float scale = 1;                  // nvfp4: the divisor; static rules: the step
+  bool four_over_six = false;
+  int64_t hadamard = 0;
+  const float* offset = nullptr;    // [K], subtracted
+  const int8_t* shift = nullptr;    // [K], exponents of two
+  int64_t block(int64_t columns) const { return rule == Rule::NVFP4 ? 16 : rule == Rule::MXFP4 ? 32 : columns; }
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  // x [K] -> codes [K] on the grid of the rule and one step for each block of them; codes * step is the rounded input.
+  void (*round)(const Rounding&, const float* x, int64_t columns, float* codes, float* steps);
+  // Row `token` of x [T, K] into its place among T * padded(K) floats.
+  void (*arrange)(Codes, const float* x, int64_t columns, int64_t token, int64_t tokens, float* out);
+  // y[t, n] of rows [first, last) for arranged x; y has N columns. gemv: T = 1, gemm: T <= TOKENS_AT_ONCE.
+  void (*gemv)(const Matrix&, int64_t first, int64_t last, const float* x, float* y);
+  void (*gemm)(const Matrix&, int64_t first, int64_t last, const float* x, int64_t tokens, float* y);
+  void (*decode)(const Matrix&, int64_t row, float* out);  // one row in its own order, [K]
+  // The exact sums of integers |code| <= 128 with int8 codes, as float32; arranged rows have int_bytes(K) bytes.
+  int64_t (*int_bytes)(int64_t columns);
+  void (*int_arrange)(const float* codes, int64_t columns, void* out);
+  void (*int_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, int64_t tokens, float* y);
+  // One token of FP4 codes in blocks of the weight's size, summed as integers; null where gemv is as good.
+  int64_t (*fp4_bytes)(int64_t columns);
+  void (*fp4_arrange)(const float* codes, const float* steps, int64_t columns, int64_t block, void* out);
+  void (*fp4_gemv)(const Matrix&, int64_t first, int64_t last, const void* x, float* y);
+};
+
+const Isa& isa();                     // the best that this processor has
+bool use_isa(const char* name);       // another one, for tests; false where unknown or not supported
+extern const Isa* const ISAS[];       // best first, null at the end
+
+}  // namespace compressor

@@ -1,0 +1,158 @@
+// Every op through the library's C functions on buffers of exactly their size, for every instruction set of this
+// processor and for 1, 2 and 4 threads, whose results must have the same bits. `make test-sanitizers` runs it under the
+// address, undefined-behaviour and thread sanitizers. What the numbers are is tested in test_ort_library.py.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+struct CompressorTensor {
+  const void* data;
+  int32_t type, rank;
+  const int64_t* shape;
+};
+extern "C" {
+void* compressor_create(const char*, const char* const*, const char* const*, int, char*, size_t);
+int compressor_run(const void*, const CompressorTensor*, int, float*, int64_t, int, char*, size_t);
+void compressor_destroy(void*);
+int compressor_use_isa(const char*);
+}
+
+namespace {
+
+enum { FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, E4M3 = 17 };
+using Shape = std::vector<int64_t>;
+uint32_t state = 1;
+uint32_t random_bits() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+struct Buffer {
+  std::unique_ptr<uint8_t[]> bytes;
+  int32_t type = 0;
+  Shape shape;
+
+  Buffer() = default;
+  Buffer(int32_t type, Shape shape, int limit = 256) : type(type), shape(shape) {
+    size_t count = 1;
+    for (int64_t d : this->shape) count *= size_t(d);
+    const size_t size = type == FLOAT || type == INT32 ? 4 : type == INT64 ? 8 : 1;
+    bytes.reset(new uint8_t[count * size]);
+    for (size_t i = 0; i < count; ++i) {
+      const float value = float(random_bits() % 2000) / 500.0f - 1.999f;
+      const int64_t id = random_bits() % 5;
+      if (type == FLOAT) std::memcpy(bytes.get() + 4 * i, &value, 4);
+      if (type == INT64) std::memcpy(bytes.get() + 8 * i, &id, 8);
+      if (type != FLOAT && type != INT64)
+        for (size_t b = 0; b < size; ++b) bytes[size * i + b] = uint8_t(int(random_bits()) % limit);
+    }
+  }
+};
+
+struct Case {
+  std::string op;
+  std::vector<std::pair<std::string, std::string>> attributes;
+  std::vector<Buffer> inputs;  // the first is made for each number of tokens
+  int64_t columns, rows;
+};
+
+std::vector<float> run(const Case& c, const Buffer& x, int64_t elements, int threads) {
+  std::vector<const char*> names, values;
+  for (auto& [name, value] : c.attributes) names.push_back(name.c_str()), values.push_back(value.c_str());
+  char message[512] = "";
+  void* kernel = compressor_create(c.op.c_str(), names.data(), values.data(), int(names.size()), message, 512);
+  std::vector<CompressorTensor> tensors = {{x.bytes.get(), x.type, int32_t(x.shape.size()), x.shape.data()}};
+  for (const Buffer& b : c.inputs)
+    tensors.push_back({b.bytes.get(), b.type, int32_t(b.shape.size()), b.shape.data()});
+  std::vector<float> y(static_cast<size_t>(elements));
+  if (!kernel ||
+      !compressor_run(kernel, tensors.data(), int(tensors.size()), y.data(), elements, threads, message, 512)) {
+    std::printf("%s: %s\n", c.op.c_str(), message);
+    std::exit(1);
+  }
+  compressor_destroy(kernel);
+  return y;
+}
+
+std::vector<Case> cases(int64_t n) {
+  std::vector<Case> all;
+  auto add = [&](std::string op, int64_t k, std::vector<std::pair<std::string, std::string>> attributes) -> auto& {
+    all.push_back({op, attributes, {}, k, n});
+    return all.back().inputs;
+  };
+  for (const char* rule : {"none", "nvfp4", "mxfp4", "int8", "fp8"})
+    for (const char* format : {"nvfp4", "mxfp4"})
+      for (int64_t k : {96, 800}) {
+        const bool nv = format[0] == 'n';
+        auto& in = add("FP4Linear", k, {{"format", format}, {"activations", rule}, {"four_over_six", "1"},
+                                        {"hadamard", k == 96 ? "32" : "0"}});
+        in.emplace_back(UINT8, Shape{n, k / 2});
+        in.emplace_back(nv ? E4M3 : UINT8, Shape{n, nv ? k / 16 : k / 32}, nv ? 0x7F : 140);
+        in.push_back(nv ? Buffer(FLOAT, {1}) : Buffer());
+        in.push_back(std::string(rule) == "nvfp4" ? Buffer(FLOAT, {1}) : Buffer());
+        in.emplace_back(FLOAT, Shape{n});
+      }
+  for (int64_t k : {1, 31, 33, 63, 513})
+    for (int bits : {2, 4, 8}) {
+      auto& in = add("IntLinear", k, {{"bits", std::to_string(bits)}, {"group_size", k == 63 ? "24" : "0"},
+                                      {"activations", "none"}, {"packed", "1"}, {"in_features", std::to_string(k)},
+                                      {"hadamard", "0"}});
+      in.emplace_back(INT32, Shape{n, (k * bits + 31) / 32});
+      in.emplace_back(FLOAT, Shape{n, k == 63 ? 3 : 1});
+    }
+  for (int64_t k : {1, 31, 33, 63, 513}) {
+    auto& in = add("IntLinear", k, {{"bits", "8"}, {"group_size", "0"}, {"activations", "int8"}, {"packed", "0"},
+                                    {"in_features", std::to_string(k)}, {"hadamard", "0"}});
+    in.emplace_back(INT8, Shape{n, k});
+    in.emplace_back(FLOAT, Shape{n, 1});
+    auto& fp8 = add("FP8Linear", k, {{"activations", "fp8"}, {"hadamard", "0"}});
+    fp8.emplace_back(E4M3, Shape{n, k}, 0x7F);
+    fp8.emplace_back(FLOAT, Shape{n, 1});
+  }
+  for (const char* format : {"e2m1", "e3m2", "e5m2"}) {
+    const int64_t k = 100, bits = format[1] == '2' ? 4 : format[1] == '3' ? 6 : 8;
+    auto& in = add("FloatLinear", k, {{"format", format}, {"activations", "none"}, {"block_size", "20"}});
+    in.emplace_back(UINT8, Shape{n, k * bits / 8}, 0x70);
+    in.emplace_back(E4M3, Shape{n, 5}, 0x7F);
+    in.emplace_back(FLOAT, Shape{1});
+  }
+  return all;
+}
+
+}  // namespace
+
+int main() {
+  int checked = 0;
+  for (const char* isa : {"portable", "avx2", "avx512vnni"}) {
+    if (!compressor_use_isa(isa)) continue;
+    for (int64_t n : {1, 33, 130})
+      for (const Case& c : cases(n))
+        for (int64_t tokens : {1, 2, 7, 131}) {
+          const Buffer x(FLOAT, {tokens, c.columns});
+          const std::vector<float> one = run(c, x, tokens * n, 1);
+          for (int threads : {2, 4}) {
+            const std::vector<float> other = run(c, x, tokens * n, threads);
+            if (std::memcmp(one.data(), other.data(), one.size() * sizeof(float))) {
+              std::printf("%s with %s: %d threads give other bits\n", c.op.c_str(), isa, threads);
+              return 1;
+            }
+            ++checked;
+          }
+        }
+    const int64_t k = 96;
+    Case table{"FP4Embedding", {{"format", "nvfp4"}}, {}, k, 5};
+    table.inputs.emplace_back(UINT8, Shape{5, k / 2});
+    table.inputs.emplace_back(E4M3, Shape{5, k / 16}, 0x7F);
+    table.inputs.emplace_back(FLOAT, Shape{1});
+    run(table, Buffer(INT64, {7}), 7 * k, 1);
+    // Two sessions at once: one gets the pool, the other works alone.
+    const std::vector<Case> shared = cases(130);
+    const Buffer x(FLOAT, {40, shared[0].columns});
+    std::thread other([&] { run(shared[0], x, 40 * 130, 4); });
+    run(shared[0], x, 40 * 130, 4);
+    other.join();
+  }
+  std::printf("%d runs agree\n", checked);
+}
