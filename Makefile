@@ -25,7 +25,7 @@ test-transformers5: .venv-transformers5/ready
 
 # The library of fused CPU ops in an onnxruntime seven minor versions older.
 test-old-onnxruntime: .venv/ready
-	$(PIP) --no-deps --upgrade --target .venv-onnxruntime onnxruntime==1.25.0
+	$(subst -c constraints.txt,,$(PIP)) --no-deps --upgrade --target .venv-onnxruntime onnxruntime==1.25.0
 	PYTHONPATH=.venv-onnxruntime .venv/bin/python -m pytest tests/test_ort_library.py
 
 # The library of fused CPU ops under the sanitizers: address with undefined behaviour, then threads.
