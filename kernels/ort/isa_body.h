@@ -69,6 +69,8 @@ inline void dot_rows(const Matrix& m, const Decoder& decode, int64_t row, const 
     F in[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v) in[v] = load(x + c * CHUNK + v * LANES);
     const int64_t first = (2 * c) >> shift, second = (2 * c + 1) >> shift;
+    // The rows of the next step: rows of 512 bytes and more are too far apart for the processor to foresee them.
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(codes[r] + c * bytes + R * m.row_bytes);
     UNROLL for (int r = 0; r < R; ++r) add(r, codes[r] + c * bytes, first, second, in);
   }
   if (m.columns % CHUNK) {
