@@ -22,12 +22,17 @@ test-web: .venv/ready
 	npm install --prefix examples --no-audit --no-fund
 	.venv/bin/python -m pytest tests/test_web.py -m "slow or not slow"
 
-# What touches transformers most, and the library of fused ops in an older onnxruntime; T5_TESTS= runs everything.
-T5_TESTS ?= $(addprefix tests/test_,ort_library.py model.py calibrate.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py)
+# What touches transformers most; T5_TESTS= runs everything.
+T5_TESTS ?= $(addprefix tests/test_,model.py calibrate.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py)
 
 # The same code under transformers 5, in an environment of its own (optimum-onnx pins transformers < 4.58).
 test-transformers5: .venv-transformers5/ready
 	.venv-transformers5/bin/python -m pytest -m "not slow" $(T5_TESTS)
+
+# The library of fused CPU ops in an onnxruntime seven minor versions older.
+test-old-onnxruntime: .venv/ready
+	$(subst -c constraints.txt,,$(PIP)) --no-deps --upgrade --target .venv-onnxruntime onnxruntime==1.25.0
+	PYTHONPATH=.venv-onnxruntime .venv/bin/python -m pytest tests/test_ort_library.py
 
 # The library of fused CPU ops under the sanitizers: address with undefined behaviour, then threads.
 test-sanitizers:
@@ -52,4 +57,4 @@ test-sanitizers:
 	$(subst .venv,.venv-transformers5,$(subst constraints.txt,constraints-transformers5.txt,$(PIP))) -e '.[dev]' compressed-tensors
 	touch $@
 
-.PHONY: demo test test-slow test-web test-transformers5 test-sanitizers
+.PHONY: demo test test-slow test-web test-transformers5 test-old-onnxruntime test-sanitizers

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from compressor.errors import DataError
 from compressor.folder import read_manifest, versions
 from compressor.own_process import run_module
 from compressor.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from compressor.evaluate import Runner
 
 QUALITY_WINDOWS, QUALITY_LENGTH = 16, 512
 BATCH = 8  # sequences at once, for the throughput of an encoder
@@ -134,7 +137,7 @@ def _context(folder: Path) -> int:
 
 def _evaluate(cases: list[Case], original: Path, folder: Path, windows: Tensor, progress: Progress) -> None:
     """Perplexity and KL of the original, of the folder and of stock INT4, into their rows."""
-    from compressor.evaluate import compare, onnx_runner, torch_runner
+    from compressor.evaluate import compare, torch_runner
     from compressor.folder import load
     from compressor.model import load_model
 
@@ -146,8 +149,25 @@ def _evaluate(cases: list[Case], original: Path, folder: Path, windows: Tensor, 
         elif case.row.model == folder.name:
             case.row.perplexity, case.row.kl = found["ppl"], found["kl"]
         elif case.row.reason is None:
-            stock = compare(onnx_runner(Path(case.job["source"])), windows, base, progress=progress)
+            stock = compare(_genai_runner(Path(case.job["source"])), windows, base, progress=progress)
             case.row.perplexity, case.row.kl = stock["ppl"], stock["kl"]
+
+
+def _genai_runner(folder: Path) -> Runner:
+    """ids [1, L] -> logits [1, L, V] of a graph of the builder, whose cache has no size that a session could read."""
+    import onnxruntime_genai as genai
+    import torch
+
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+
+    def run(ids: Tensor) -> Tensor:
+        parameters.set_search_options(do_sample=False, max_length=ids.shape[1])
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids[0].tolist())
+        return torch.from_numpy(generator.get_output("logits")).float()
+
+    return run
 
 
 def _figure(values: list[float]) -> Figure:

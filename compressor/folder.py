@@ -24,15 +24,7 @@ from compressor.recipe import Recipe
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 MANIFEST_FORMAT = 1
-RECORD = (
-    "model",
-    "calibration",
-    "steps",
-    "layers",
-    "kept",
-    "graph",
-    "quality",
-)  # what the manifest takes from Artifact.record
+RECORD = ("model", "calibration", "steps", "layers", "kept", "graph", "quality")  # the manifest's, of Artifact.record
 
 
 def is_artifact(folder: str | Path | None) -> bool:

@@ -110,6 +110,8 @@ def test_quality_is_measured_on_a_text(folder, tiny_folder, processes, monkeypat
     """The fakes leave no graph to evaluate: INT4 is our own folder, whose figures must then be ours."""
     import shutil
 
+    pytest.importorskip("onnxruntime_genai")
+
     def build(module, job, source, made):
         shutil.copytree(tiny_folder("llama") if job == "save" else folder, made)
 
@@ -200,12 +202,21 @@ def test_drivers_of_encoders(driver, encoder_folder, tmp_path):
 @pytest.mark.slow
 def test_stock_int4_is_built_from_the_saved_original(tiny_folder, tmp_path):
     pytest.importorskip("onnxruntime_genai")
+    import torch
+
+    from compressor.evaluate import torch_runner
+    from compressor.model import load_model
+
     assert run_module("compressor.stock", "save", str(tiny_folder("llama")), str(tmp_path / "original")) is None
     assert run_module("compressor.stock", "int4", str(tmp_path / "original"), str(tmp_path / "int4")) is None
     import onnx
 
     graph = onnx.load(tmp_path / "int4" / "model.onnx", load_external_data=False)
     assert {"MatMulNBits", "GroupQueryAttention"} <= {node.op_type for node in graph.graph.node}
+    logits = benchmark._genai_runner(tmp_path / "int4")(torch.tensor([[5, 6, 7]]))
+    expected = torch_runner(load_model(tiny_folder("llama")).model)(torch.tensor([[5, 6, 7]]))
+    assert logits.shape == expected.shape
+    assert torch.cosine_similarity(logits, expected, dim=-1).min() > 0.95  # 0.978 found
 
 
 def test_a_process_says_what_went_wrong_in_one_line(tmp_path):

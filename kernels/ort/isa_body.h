@@ -221,8 +221,14 @@ void arrange(Codes codes, const float* x, int64_t columns, int64_t token, int64_
   for (int64_t panel = 0; panel < width; panel += PANEL) {
     const int64_t count = width - panel < PANEL ? width - panel : PANEL;
     float* to = out + panel * tokens + token * count;
-    for (int64_t k = panel; k < panel + count; k += CHUNK)
-      for (int i = 0; i < CHUNK; ++i) *to++ = k + order[i] < columns ? x[k + order[i]] : 0.0f;
+    for (int64_t k = panel; k < panel + count; k += CHUNK, to += CHUNK) {
+      if (k + CHUNK > columns)
+        for (int i = 0; i < CHUNK; ++i) to[i] = k + order[i] < columns ? x[k + order[i]] : 0.0f;
+      else if (codes == Codes::NIBBLE)
+        _Pragma("GCC unroll 32") for (int i = 0; i < CHUNK; ++i) to[i] = x[k + NIBBLE_ORDER[i]];
+      else
+        __builtin_memcpy(to, x + k, CHUNK * sizeof(float));
+    }
   }
 }
 
