@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressor import ops
 from compressor.errors import CompressorError, ModelError
 from compressor.own_process import run_module
 from compressor.progress import Progress
@@ -87,7 +88,7 @@ def _our_cases(folder: Path, manifest: dict[str, Any]) -> Iterator[Case]:
     after = {"perplexity": found.get("ppl"), "kl": found.get("kl")}
     graph = None if (folder / "model.onnx").is_file() else "the recipe exports no ONNX graph"
     without = graph or _without_library()
-    yield _graph_case(kind, folder.name, folder, graph, ", bodies", **after)
+    yield _graph_case(kind, folder.name, folder, graph or _names_library(folder), ", bodies", **after)
     yield _graph_case(kind, folder.name, folder, without, ", library", {"library": True}, **after)
     yield _case(folder.name, TORCH, folder, {"driver": "torch", "ours": True}, None, **after)
 
@@ -119,12 +120,18 @@ def _absent(runtime: str) -> str | None:
     return None if found else f"{runtime} is not installed"
 
 
+def _names_library(folder: Path) -> str | None:
+    """Why a folder has no row through bodies: its genai_config.json loads the library."""
+    config = folder / "genai_config.json"
+    if config.is_file() and ops.KEY in config.read_text(encoding="utf-8"):
+        return "the folder names the library; compress ops --out-of FOLDER takes it out"
+    return None
+
+
 def _without_library() -> str | None:
     """Why the fused kernels cannot be registered; None when they can."""
     import compressor
 
-    if not hasattr(compressor, "register_ops"):
-        return "this version has no library of fused kernels"
     try:
         import onnxruntime
 

@@ -26,10 +26,10 @@ def save(source: str, folder: Path) -> None:
 
     loaded = load_model(source)
     model: Any = loaded.model
-    # What was read from a GGUF file is plain float32; transformers 5 still takes it for quantized and would not write it.
-    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(holder, name):
-            delattr(holder, name)
+    # What was read from a GGUF file is plain float32; transformers 5 takes it for quantized and would not write it.
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
     model.save_pretrained(folder)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)

@@ -115,6 +115,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -
     return folder
 
 
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops compute what their references say, bit for bit, also where the library of fused ops is built."""
+    from compressor.kernels import native
+
+    monkeypatch.setattr(native, "serves", lambda tensor: False)
+
+
 @pytest.fixture(scope="session")
 def prose() -> str:
     """Text enough for a few windows of the tiny models."""

@@ -44,8 +44,12 @@ def processes(monkeypatch):
         Path(arguments[1]).write_text(json.dumps({**speed, "peak_bytes": 5e6}))
         return wrong.get(job["driver"])
 
+    def missing(options):
+        raise ModelError("libcompressor_ops.so: is not there.")
+
     for module in (benchmark, benchmark_rows):
         monkeypatch.setattr(module, "run_module", run)
+    monkeypatch.setattr("compressor.register_ops", missing)  # whether or not it was built here
     return started, wrong
 
 
@@ -136,7 +140,7 @@ def test_the_library_is_asked_for_by_its_name(folder, processes, monkeypatch):
     import compressor
 
     started, _ = processes
-    monkeypatch.setattr(compressor, "register_ops", lambda options: None, raising=False)
+    monkeypatch.setattr(compressor, "register_ops", lambda options: None)
     rows = rows_of(bench(folder, prompt_tokens=7, new_tokens=3, repeats=1))
     assert rows["small", "onnxruntime-genai, library"].figures
     assert sum(job["library"] for module, job in started if module.endswith("process")) == 1
@@ -147,6 +151,18 @@ def test_the_library_is_asked_for_by_its_name(folder, processes, monkeypatch):
     monkeypatch.setattr(compressor, "register_ops", fails)
     rows = rows_of(bench(folder, prompt_tokens=7, new_tokens=3, repeats=1))
     assert rows["small", "onnxruntime-genai, library"].reason.startswith("libcompressor_ops.so: was built")
+
+
+def test_a_folder_that_names_the_library_has_no_row_without_it(folder, processes, tmp_path):
+    import shutil
+
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = "libcompressor_ops.so"
+    (own / "genai_config.json").write_text(json.dumps(config))
+    rows = rows_of(bench(own, prompt_tokens=7, new_tokens=3, repeats=1))
+    assert "compress ops --out-of" in rows["own", "onnxruntime-genai, bodies"].reason
 
 
 def test_genai_gets_the_path_that_register_ops_gives(monkeypatch):

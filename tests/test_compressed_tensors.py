@@ -134,7 +134,7 @@ def test_the_decompressor_of_the_library_gives_our_weights_in_full_precision(fol
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name[:2] in ("in", "w8", "fp")])
-def test_integer_and_fp8_folders_load_in_float32(folder_of: Make, scheme: str) -> None:
+def test_integer_and_fp8_folders_load_in_float32(folder_of: Make, plain_torch: None, scheme: str) -> None:
     artifact, folder = folder_of(SCHEMES[scheme])
     assert relative(logits(stock(folder, dtype=torch.float32)), logits(artifact.model())) < 1e-5
 

@@ -50,7 +50,7 @@ def test_every_family_is_compressed_whole(family, tiny, tiny_tokenizer, text):
     assert 0.001 < error < 0.35, f"4-bit weights should be near the original, not equal to it: {error}"
 
 
-def test_dense_and_packed_models_agree_bit_for_bit(tiny, tiny_tokenizer, text):
+def test_dense_and_packed_models_agree_bit_for_bit(tiny, tiny_tokenizer, text, plain_torch):
     artifact = compress(tiny("llama"), recipe("w4a4"), tokenizer=tiny_tokenizer, data=text)
     assert torch.equal(logits(artifact.model(), IDS), logits(artifact.model(dense=True), IDS))
 

@@ -113,7 +113,7 @@ def test_one_site_shares_its_global_scales(rng):
 @pytest.mark.parametrize(
     ("weights", "activations"), [("nvfp4", "nvfp4"), ("int8", "int8"), ("fp8", "fp8"), ("mxfp4", "mxfp4")]
 )
-def test_held_dense_weights_change_nothing(rng, weights, activations):
+def test_held_dense_weights_change_nothing(rng, plain_torch, weights, activations):
     method = Quantize(weights, activations)
     layer = linear(rng, bias=True)
     plan = LayerPlan(method.place(24, 64), input_global_scale=torch.tensor([500.0]) if weights == "nvfp4" else None)

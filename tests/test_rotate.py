@@ -406,7 +406,7 @@ ONLINE = {"rotate": {"inputs": 32, "where": "all"}}
 MXFP4 = {"quantize": {"weights": "mxfp4", "activations": "mxfp4", "on_misfit": "pad", "rounding": "gptq"}}
 
 
-def test_through_the_pipeline_and_back_from_the_folder(tiny, tiny_tokenizer, text, tmp_path):
+def test_through_the_pipeline_and_back_from_the_folder(tiny, tiny_tokenizer, text, tmp_path, plain_torch):
     model = outliers(tiny("llama"))
     step = {"quantize": {"weights": "int8", "activations": "int8"}}
     recipe = make_recipe(text, ONLINE, step, runtime="compressor")
