@@ -17,15 +17,16 @@ from torch import Tensor
 
 from compressor.kernels import codec
 
-# Format -> its element grid: float32 to the nearest code, float32, ties to even, saturating.
+# Format -> its element grid: float32 to the nearest code, float32, ties to even, saturating. What it is given is a
+# quotient that nobody else holds, and may be overwritten: memory is most of the time of a scale search.
 ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nvfp4": codec.round_e2m1,
     "mxfp4": codec.round_e2m1,
     "fp8": lambda x: codec.to_e4m3(x).float(),
-    "int2": lambda x: torch.round(x).clamp_(-2, 1),
-    "int4": lambda x: torch.round(x).clamp_(-8, 7),
-    "int6": lambda x: torch.round(x).clamp_(-32, 31),
-    "int8": lambda x: torch.round(x).clamp_(-128, 127),
+    "int2": lambda x: x.round_().clamp_(-2, 1),
+    "int4": lambda x: x.round_().clamp_(-8, 7),
+    "int6": lambda x: x.round_().clamp_(-32, 31),
+    "int8": lambda x: x.round_().clamp_(-128, 127),
     **{name: partial(codec.round_float, format=element) for name, element in codec.FLOATS.items()},
 }
 

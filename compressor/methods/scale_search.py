@@ -48,7 +48,7 @@ def choose(
     element = ELEMENTS[format]
 
     def best(rows: Tensor) -> Tensor:
-        return best_scale(rows, h, candidates(format, rows, rule, divisor), lambda b, s: element(b / s) * s)
+        return best_scale(rows, h, candidates(format, rows, rule, divisor), lambda b, s: element(b / s).mul_(s))
 
     return Grid(format, by_rows(blocks, best), divisor)
 
@@ -93,12 +93,12 @@ def best_scale(
 
     blocks      [N, B, G] float32, importance [B, G] float32 or None
     candidates  scales [N, B] float32, the abs-max one first
-    round_trip  (blocks, scale [N, B, 1]) -> the values the runtime will decode, [N, B, G]
+    round_trip  (blocks, scale [N, B, 1]) -> the values the runtime will decode, [N, B, G], memory of its own
     """
     best: Tensor | None = None
     best_error: Tensor | None = None
     for scale in candidates:
-        error = (round_trip(blocks, scale.unsqueeze(-1)) - blocks).square_()
+        error = round_trip(blocks, scale.unsqueeze(-1)).sub_(blocks).square_()
         if importance is not None:
             error *= importance
         total = error.sum(-1)
