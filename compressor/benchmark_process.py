@@ -15,6 +15,7 @@ runtime and the model take. Times start after the imports. A job has
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -74,12 +75,14 @@ def run_genai(job: Job) -> dict[str, float]:
     import onnxruntime_genai as genai
 
     session: dict[str, Any] = {"intra_op_num_threads": job["threads"]}
+    source = str(Path(job["source"]).resolve())
     if job["library"]:
-        session["custom_ops_library"] = _library_path()
+        session["custom_ops_library"] = library = _library_path()
+        os.chdir(Path(library).parent)  # genai takes a library from the model's folder or the current one only
     length = len(job["ids"]) + 1 + job["new_tokens"]
 
     def load() -> tuple[Step, Step]:
-        config = genai.Config(job["source"])
+        config = genai.Config(source)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         model = genai.Model(config)
         parameters = genai.GeneratorParams(model)

@@ -174,6 +174,20 @@ def test_genai_gets_the_path_that_register_ops_gives(monkeypatch):
     assert benchmark_process._library_path() == "ops.so"
 
 
+def test_the_library_is_found_from_any_folder(folder, tmp_path, monkeypatch):
+    """onnxruntime-genai loads a library from the model's folder or the current one only, and `bench` runs anywhere."""
+    pytest.importorskip("onnxruntime_genai")
+    from compressor.kernels import native
+
+    if not native.built():
+        pytest.skip("the library of fused ops was not built here")
+    monkeypatch.chdir(folder.parent)  # and a relative source stays what it was
+    job = {"driver": "genai", "source": folder.name, "ours": False, "library": True, "ids": [5, 6, 7], "batch": 0}
+    (tmp_path / "job").write_text(json.dumps(job | {"new_tokens": 2, "threads": 1}))
+    assert run_module("compressor.benchmark_process", str(tmp_path / "job"), str(tmp_path / "result")) is None
+    assert json.loads((tmp_path / "result").read_text())["tokens_per_s"] > 0
+
+
 def test_more_tokens_than_the_model_holds(folder):
     with pytest.raises(DataError, match="129 tokens are asked for and the model holds 128; give fewer"):
         bench(folder, prompt_tokens=100, new_tokens=28)
