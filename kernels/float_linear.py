@@ -50,26 +50,14 @@ def reference(
     return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-@torch.library.custom_op("compressor::float_linear", mutates_args=())
-def float_linear(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_global_scale: Tensor | None,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    activations: str,
-) -> Tensor:
-    if native.serves(x):
-        block = 0 if weight_global_scale is None else x.shape[-1] // weight_scale.shape[1]
-        attributes: dict[str, str | int] = {"format": format, "activations": activations, "block_size": block}
-        inputs = [weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias]
-        return native.linear("FloatLinear", attributes, x, inputs, weight_packed.shape[0])
-    return reference(
-        x, weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias, format, activations
-    )
+def _fused(x, weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias, format, activations):
+    block = 0 if weight_global_scale is None else x.shape[-1] // weight_scale.shape[1]
+    attributes = {"format": format, "activations": activations, "block_size": block}
+    inputs = [weight_packed, weight_scale, weight_global_scale, input_scale, input_shift, bias]
+    return native.linear("FloatLinear", attributes, x, inputs, weight_packed.shape[0])
+
+
+float_linear = native.op("float_linear", reference, _fused)
 
 
 @float_linear.register_fake

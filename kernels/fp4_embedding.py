@@ -29,14 +29,12 @@ def reference(
     return values.unflatten(0, ids.shape) if ids.dim() != 1 else values
 
 
-@torch.library.custom_op("compressor::fp4_embedding", mutates_args=())
-def fp4_embedding(
-    ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, weight_global_scale: Tensor | None, format: str
-) -> Tensor:
-    if native.serves(weight_packed):
-        inputs = [ids, weight_packed, weight_scale, weight_global_scale]
-        return native.run("FP4Embedding", {"format": format}, inputs, (*ids.shape, weight_packed.shape[1] * 2))
-    return reference(ids, weight_packed, weight_scale, weight_global_scale, format)
+def _fused(ids, weight_packed, weight_scale, weight_global_scale, format):
+    inputs = [ids, weight_packed, weight_scale, weight_global_scale]
+    return native.run("FP4Embedding", {"format": format}, inputs, (*ids.shape, weight_packed.shape[1] * 2))
+
+
+fp4_embedding = native.op("fp4_embedding", reference, _fused)
 
 
 @fp4_embedding.register_fake

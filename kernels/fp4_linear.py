@@ -51,32 +51,21 @@ def reference(
     return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-@torch.library.custom_op("compressor::fp4_linear", mutates_args=())
-def fp4_linear(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_global_scale: Tensor | None,
-    input_global_scale: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    activations: str,
-    four_over_six: bool,
-    hadamard: int = 0,
-) -> Tensor:
-    if native.serves(x):
-        attributes: dict[str, str | int] = {
-            "format": format,
-            "activations": activations,
-            "four_over_six": int(four_over_six),
-            "hadamard": hadamard,
-        }
-        inputs = [weight_packed, weight_scale, weight_global_scale, input_global_scale, bias]
-        return native.linear("FP4Linear", attributes, x, inputs, weight_packed.shape[0])
-    return reference(
-        x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations,
-        four_over_six, hadamard,
-    )  # fmt: skip
+def _fused(
+    x, weight_packed, weight_scale, weight_global_scale, input_global_scale, bias, format, activations, four_over_six,
+    hadamard=0,
+):  # fmt: skip
+    attributes = {
+        "format": format,
+        "activations": activations,
+        "four_over_six": int(four_over_six),
+        "hadamard": hadamard,
+    }
+    inputs = [weight_packed, weight_scale, weight_global_scale, input_global_scale, bias]
+    return native.linear("FP4Linear", attributes, x, inputs, weight_packed.shape[0])
+
+
+fp4_linear = native.op("fp4_linear", reference, _fused)
 
 
 @fp4_linear.register_fake

@@ -34,14 +34,12 @@ def reference(
     ).to(x.dtype)
 
 
-@torch.library.custom_op("compressor::fp8_linear", mutates_args=())
-def fp8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str, hadamard: int = 0
-) -> Tensor:
-    if native.serves(x):
-        attributes: dict[str, str | int] = {"activations": activations, "hadamard": hadamard}
-        return native.linear("FP8Linear", attributes, x, [weight, weight_scale, bias], weight.shape[0])
-    return reference(x, weight, weight_scale, bias, activations, hadamard)
+def _fused(x, weight, weight_scale, bias, activations, hadamard=0):
+    attributes = {"activations": activations, "hadamard": hadamard}
+    return native.linear("FP8Linear", attributes, x, [weight, weight_scale, bias], weight.shape[0])
+
+
+fp8_linear = native.op("fp8_linear", reference, _fused)
 
 
 @fp8_linear.register_fake

@@ -24,15 +24,13 @@ def reference(
     return values.unflatten(0, ids.shape) if ids.dim() != 1 else values
 
 
-@torch.library.custom_op("compressor::int_embedding", mutates_args=())
-def int_embedding(
-    ids: Tensor, weight_packed: Tensor, weight_scale: Tensor, bits: int, group_size: int, in_features: int
-) -> Tensor:
-    if native.serves(weight_packed):
-        attributes: dict[str, str | int] = {"bits": bits, "group_size": group_size, "in_features": in_features}
-        inputs = [ids, weight_packed, weight_scale.float()]
-        return native.run("IntEmbedding", attributes, inputs, (*ids.shape, in_features))
-    return reference(ids, weight_packed, weight_scale, bits, group_size, in_features)
+def _fused(ids, weight_packed, weight_scale, bits, group_size, in_features):
+    attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
+    inputs = [ids, weight_packed, weight_scale.float()]
+    return native.run("IntEmbedding", attributes, inputs, (*ids.shape, in_features))
+
+
+int_embedding = native.op("int_embedding", reference, _fused)
 
 
 @int_embedding.register_fake

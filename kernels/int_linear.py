@@ -49,33 +49,22 @@ def reference(
     return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float()).to(x.dtype)
 
 
-@torch.library.custom_op("compressor::int_linear", mutates_args=())
-def int_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    activations: str,
-    input_scale: Tensor | None = None,
-    input_offset: Tensor | None = None,
-    hadamard: int = 0,
-) -> Tensor:
-    if native.serves(x):
-        attributes: dict[str, str | int] = {
-            "bits": bits,
-            "group_size": group_size,
-            "activations": activations,
-            "packed": int(weight.dtype != torch.int8),
-            "in_features": x.shape[-1],
-            "hadamard": hadamard,
-        }
-        inputs = [weight, weight_scale, bias, input_scale, input_offset]
-        return native.linear("IntLinear", attributes, x, inputs, weight.shape[0])
-    return reference(
-        x, weight, weight_scale, bias, bits, group_size, activations, input_scale, input_offset, hadamard
-    )
+def _fused(
+    x, weight, weight_scale, bias, bits, group_size, activations, input_scale=None, input_offset=None, hadamard=0
+):
+    attributes = {
+        "bits": bits,
+        "group_size": group_size,
+        "activations": activations,
+        "packed": int(weight.dtype != torch.int8),
+        "in_features": x.shape[-1],
+        "hadamard": hadamard,
+    }
+    inputs = [weight, weight_scale, bias, input_scale, input_offset]
+    return native.linear("IntLinear", attributes, x, inputs, weight.shape[0])
+
+
+int_linear = native.op("int_linear", reference, _fused)
 
 
 @int_linear.register_fake

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +153,11 @@ def built() -> bool:
     return (FOLDER / NAME).is_file()
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether torch ops on tensors like this one run here: on a CPU, where the library was built."""
-    return tensor.device.type == "cpu" and built()
+def op(name: str, reference: Callable[..., Tensor], fused: Callable[..., Tensor]) -> Any:
+    """The torch op compressor::`name` with the signature of `reference`, which it runs; on a CPU `fused`, of the same
+    arguments, where the library was built."""
+    import torch
+
+    made = torch.library.custom_op(f"compressor::{name}", reference, mutates_args=())
+    made.register_kernel("cpu")(lambda *given: (fused if built() else reference)(*given))
+    return made
