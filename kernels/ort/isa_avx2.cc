@@ -67,41 +67,22 @@ struct Nibble {
   }
 };
 
-template <Codes C>
-struct Int8 {
-  static constexpr Codes CODES = C;
-  static constexpr bool PAIRED = false;
-  static constexpr float FACTOR = 1;
-  explicit Int8(const Matrix&) {}
-
-  void operator()(const uint8_t* p, F* out) const {
-    for (int v = 0; v < 4; ++v, p += 8) {
-      __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-      if (C == Codes::OFFSET8) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
-      out[v] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    }
+template <bool OFFSET_BINARY>
+inline F from_int8(const uint8_t* p) {
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  if (OFFSET_BINARY) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+template <bool E4M3>
+inline F from_float8(const uint8_t* p) {
+  __m128i half = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  if (E4M3) {
+    const __m128i sign = _mm_and_si128(half, _mm_set1_epi16(short(0x8000)));
+    half = _mm_or_si128(sign, _mm_srli_epi16(_mm_slli_epi16(half, 1), 2));
   }
-};
-
-// E5M2 is the upper half of a float16; E4M3 one bit further down is a float16 too, 2^8 times smaller.
-template <Codes C>
-struct Byte {
-  static constexpr Codes CODES = C;
-  static constexpr bool PAIRED = false;
-  static constexpr float FACTOR = C == Codes::E4M3 ? 256 : 1;
-  explicit Byte(const Matrix&) {}
-
-  void operator()(const uint8_t* p, F* out) const {
-    for (int v = 0; v < 4; ++v, p += 8) {
-      __m128i half = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-      if (C == Codes::E4M3) {
-        const __m128i sign = _mm_and_si128(half, _mm_set1_epi16(short(0x8000)));
-        half = _mm_or_si128(sign, _mm_srli_epi16(_mm_slli_epi16(half, 1), 2));
-      }
-      out[v] = _mm256_cvtph_ps(half);
-    }
-  }
-};
+  return _mm256_cvtph_ps(half);
+}
+#include "isa_bytes.h"
 
 using X = int16_t;
 using I = __m256i;

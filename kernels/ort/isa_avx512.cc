@@ -47,42 +47,23 @@ struct Nibble {
   }
 };
 
-template <Codes C>
-struct Int8 {
-  static constexpr Codes CODES = C;
-  static constexpr bool PAIRED = false;
-  static constexpr float FACTOR = 1;
-  explicit Int8(const Matrix&) {}
-
-  void operator()(const uint8_t* p, F* out) const {
-    for (int v = 0; v < 2; ++v, p += 16) {
-      __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      if (C == Codes::OFFSET8) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
-      out[v] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-    }
+template <bool OFFSET_BINARY>
+inline F from_int8(const uint8_t* p) {
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if (OFFSET_BINARY) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+template <bool E4M3>
+inline F from_float8(const uint8_t* p) {
+  __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  half = _mm256_slli_epi16(half, 8);
+  if (E4M3) {
+    const __m256i sign = _mm256_and_si256(half, _mm256_set1_epi16(short(0x8000)));
+    half = _mm256_or_si256(sign, _mm256_srli_epi16(_mm256_slli_epi16(half, 1), 2));
   }
-};
-
-// As in isa_avx2.cc: through float16.
-template <Codes C>
-struct Byte {
-  static constexpr Codes CODES = C;
-  static constexpr bool PAIRED = false;
-  static constexpr float FACTOR = C == Codes::E4M3 ? 256 : 1;
-  explicit Byte(const Matrix&) {}
-
-  void operator()(const uint8_t* p, F* out) const {
-    for (int v = 0; v < 2; ++v, p += 16) {
-      __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      half = _mm256_slli_epi16(half, 8);
-      if (C == Codes::E4M3) {
-        const __m256i sign = _mm256_and_si256(half, _mm256_set1_epi16(short(0x8000)));
-        half = _mm256_or_si256(sign, _mm256_srli_epi16(_mm256_slli_epi16(half, 1), 2));
-      }
-      out[v] = _mm512_cvtph_ps(half);
-    }
-  }
-};
+  return _mm512_cvtph_ps(half);
+}
+#include "isa_bytes.h"
 
 // VNNI multiplies unsigned by signed bytes, so inputs are moved up by 128.
 using X = uint8_t;
