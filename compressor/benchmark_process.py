@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compressor.kernels import native
 from compressor.own_process import peak_bytes
 
 DECODE_LIMIT_S = 10.0  # a slow runtime decodes for this long instead of all tokens; the rate is the same
@@ -77,8 +78,9 @@ def run_genai(job: Job) -> dict[str, float]:
     session: dict[str, Any] = {"intra_op_num_threads": job["threads"]}
     source = str(Path(job["source"]).resolve())
     if job["library"]:
-        session["custom_ops_library"] = library = _library_path()
-        os.chdir(Path(library).parent)  # genai takes a library from the model's folder or the current one only
+        library = native.path()
+        session["custom_ops_library"] = str(library)
+        os.chdir(library.parent)  # genai takes a library from the model's folder or the current one only
     length = len(job["ids"]) + 1 + job["new_tokens"]
 
     def load() -> tuple[Step, Step]:
@@ -111,7 +113,7 @@ def run_onnxruntime(job: Job) -> dict[str, float]:
     options.log_severity_level = 3
     options.intra_op_num_threads = job["threads"]
     if job["library"]:
-        _register(options)
+        native.register_ops(options)
 
     def load() -> Callable[[int], None]:
         graph = str(Path(job["source"]) / "model.onnx")
@@ -163,25 +165,6 @@ def run_torch(job: Job) -> dict[str, float]:
 
     with torch.inference_mode():
         return encode(load_encoder, job) if job["batch"] else decode(load_decoder, job)
-
-
-def _register(options: Any) -> None:
-    import compressor
-
-    register: Callable[[Any], None] = compressor.register_ops  # type: ignore[attr-defined]
-    register(options)
-
-
-def _library_path() -> str:
-    """The file that register_ops gives to a session's options: genai opens its own session and takes a path."""
-
-    class Options:
-        def register_custom_ops_library(self, path: str) -> None:
-            self.path = path
-
-    options = Options()
-    _register(options)
-    return str(options.path)
 
 
 DRIVERS = {"genai": run_genai, "onnxruntime": run_onnxruntime, "torch": run_torch}

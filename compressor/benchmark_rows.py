@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,11 @@ from compressor import ops
 from compressor.errors import CompressorError, ModelError
 from compressor.own_process import run_module
 from compressor.progress import Progress
+from compressor.verify import installed
 
 ENCODER = "encoder"
 ORIGINAL, STOCK_INT4 = "original, fp32", "stock INT4"
 GENAI, ORT, TORCH = "onnxruntime-genai", "onnxruntime", "torch"
-MODULES = {GENAI: "onnxruntime_genai", ORT: "onnxruntime", "optimum": "optimum.onnxruntime"}
 WEIGHTS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors")
 
 
@@ -114,10 +113,7 @@ def _case(model: str, runtime: str, source: Path, job: dict[str, Any], reason: s
 
 
 def _absent(runtime: str) -> str | None:
-    module = MODULES[runtime]
-    top = module.partition(".")[0]
-    found = importlib.util.find_spec(top) and importlib.util.find_spec(module)
-    return None if found else f"{runtime} is not installed"
+    return None if installed(runtime) else f"{runtime} is not installed"
 
 
 def _names_library(folder: Path) -> str | None:

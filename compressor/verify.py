@@ -76,11 +76,11 @@ def verify(
     if any(r.status == FAILED for r in rows):
         return VerifyReport(rows)  # a runtime would only repeat that the bytes are wrong
     with tempfile.TemporaryDirectory() as scratch:
-        for name, module in RUNTIMES.items():
+        for name in RUNTIMES:
             if name not in runtimes:
                 continue
             progress.stage(f"verify {name}")
-            if reason := _not_applicable(name, module, manifest, folder):
+            if reason := _not_applicable(name, manifest, folder):
                 rows.append(Check(name, "load", SKIPPED, reason))
                 continue
             rows += _in_own_process(name, folder, Path(scratch))
@@ -126,7 +126,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Check]:
     return rows or [Check("files", "hashes", OK, f"{len(manifest['files'])} files, {len(manifest['tensors'])} tensors")]
 
 
-def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Path) -> str | None:
+def _not_applicable(name: str, manifest: dict[str, Any], folder: Path) -> str | None:
     if name in ("onnxruntime", LIBRARY, "optimum", "onnxruntime-genai") and not (folder / "model.onnx").is_file():
         return "the recipe exports no ONNX graph"
     if name == "onnxruntime-genai" and manifest["kind"] != "causal-lm":
@@ -135,10 +135,16 @@ def _not_applicable(name: str, module: str, manifest: dict[str, Any], folder: Pa
         return manifest["loads_in"]["transformers"]
     if name == LIBRARY and not native.built():
         return "the library was not built"
-    top = module.split(".")[0]
-    if importlib.util.find_spec(top) is None or (top != module and importlib.util.find_spec(module) is None):
+    if not installed(name):
         return "not installed"
     return None
+
+
+def installed(runtime: str) -> bool:
+    """Whether the module that one of RUNTIMES needs is there."""
+    module = RUNTIMES[runtime]
+    top = module.split(".")[0]
+    return importlib.util.find_spec(top) is not None and importlib.util.find_spec(module) is not None
 
 
 def _in_own_process(name: str, folder: Path, scratch: Path) -> list[Check]:

@@ -1,7 +1,9 @@
 """`compress bench`: what is measured, in which processes, and how the table says it. No test looks at a speed."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,13 +167,29 @@ def test_a_folder_that_names_the_library_has_no_row_without_it(folder, processes
     assert "compress ops --out-of" in rows["own", "onnxruntime-genai, bodies"].reason
 
 
-def test_genai_gets_the_path_that_register_ops_gives(monkeypatch):
-    import compressor
+def test_genai_gets_the_path_that_register_ops_gives(monkeypatch, tmp_path):
+    """register_ops gives sessions `native.path()`; genai opens its own session and takes the path."""
+    from compressor.kernels import native
 
-    monkeypatch.setattr(
-        compressor, "register_ops", lambda options: options.register_custom_ops_library("ops.so"), raising=False
-    )
-    assert benchmark_process._library_path() == "ops.so"
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    class Config:
+        def __init__(self, source):
+            asked.append(source)
+
+        def overlay(self, text):
+            asked.append(json.loads(text)["model"]["decoder"]["session_options"]["custom_ops_library"])
+            raise Stop
+
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", SimpleNamespace(Config=Config))
+    monkeypatch.setattr(native, "path", lambda: tmp_path / "ops.so")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stop):
+        benchmark_process.run_genai({"threads": 1, "source": "small", "library": True, "ids": [5], "new_tokens": 1})
+    assert asked == [str(tmp_path / "small"), str(tmp_path / "ops.so")]
 
 
 def test_the_library_is_found_from_any_folder(folder, tmp_path, monkeypatch):
