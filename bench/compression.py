@@ -100,8 +100,10 @@ def main() -> None:
             peer = [str(PEER), "-c", PEER_PROGRAM, source, arguments.text, str(windows), f"{scratch}/peer"]
             peer += [arguments.job]
             programs = {"compressor": ours} | ({"llm-compressor": peer} if PEER.exists() else {})
-            for name, command in programs.items():
-                measured = [run(command) for _ in range(arguments.repeats)]
+            # In turns: what else the machine does meets both.
+            rounds = [{name: run(command) for name, command in programs.items()} for _ in range(arguments.repeats)]
+            for name in programs:
+                measured = [r[name] for r in rounds]
                 seconds = [s for s, _, _ in measured]
                 line = {
                     "commit": commit,

@@ -235,8 +235,10 @@ def base_of(model: Any) -> nn.Module:
 def forward(model: Any, window: Tensor) -> Any:
     """What the model gives for window [L], without a cache."""
     tokens = window.unsqueeze(0).to(model.get_input_embeddings().weight.device)
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return model(input_ids=tokens, **({"use_cache": False} if takes_cache else {}))
+    takes = inspect.signature(model.forward).parameters
+    # Told that nothing is padded, transformers builds no [L, L] mask and attention skips what is not yet there.
+    options = {"use_cache": False, "attention_mask": torch.ones_like(tokens)}
+    return model(input_ids=tokens, **{name: value for name, value in options.items() if name in takes})
 
 
 def _without_cache(value: Any) -> Any:

@@ -7,6 +7,7 @@ is what will be rounded: of a linear that rotates its input, the rotated input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -201,7 +202,7 @@ class _Gathering:
         if not len(x):
             return
         # The sum is one pass and catches NaN and Inf; the exact test only settles an overflow of the sum itself.
-        if not x.sum().isfinite() and not x.isfinite().all():
+        if not math.isfinite(x.sum().item()) and not x.isfinite().all():
             raise NumericsError(f"{names[0]}: NaN or Inf in its input during calibration; check the weights before it.")
         site = next((self.site_of[n] for n in names if n in self.site_of), len(self.members))
         if site == len(self.members):

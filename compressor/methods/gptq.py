@@ -23,6 +23,7 @@ from compressor.errors import NumericsError
 from compressor.methods.grid import LIMITS, Grid
 
 BLOCK = 128  # columns whose corrections are collected before the rest of the matrix is touched
+LEAF = 16  # of those, the columns that correct each other one by one
 DAMPINGS = (1, 10, 100)  # times the recipe's damping, until the factorization succeeds
 
 
@@ -50,7 +51,7 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Hessian:
     # With J the reversal of rows and columns, J(H + λI)J = MMᵀ makes (JMJ)⁻¹ the upper Cholesky factor of the inverse,
     # which is then never formed: 0.5 s instead of 8 at K = 1536 on one core. Two matrices of doubles at a time:
     # at K = 14336 each is 1.6 GB.
-    h = gram[back][:, back].double()
+    h = gram[back[:, None], back].double()
     dead = h.diagonal() <= 0
     h[dead, dead] = 1.0
     mean = h.diagonal().mean()
@@ -91,17 +92,34 @@ def _round(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 def round_block(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(codes, errors e), each [N, C], of C columns; `weight` is overwritten. kernels/gptq_columns.py is the fast twin.
+    """(codes, errors e), each [N, C], of C columns. kernels/gptq_columns.py is the fast twin.
 
     weight, step [N, C] float32 in the factor's column order;  u [C, C] the factor's part for these columns.
     """
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    for k in range(weight.shape[1]):
-        column, s = weight[:, k : k + 1], step[:, k : k + 1]
-        codes[:, k : k + 1] = code = grid.codes(column, s)
-        errors[:, k : k + 1] = e = (column - code * s) / u[k, k]
-        weight[:, k:].addmm_(e, u[k : k + 1, k:], alpha=-1)
-    return codes, errors
+    # A column is a row here, in one piece of memory.
+    w, s = weight.T.clone(memory_format=torch.contiguous_format), step.T.contiguous()
+    errors = torch.empty_like(w)
+    codes: list[Tensor] = []
+    pivots = u.diagonal().unsqueeze(1)
+    u = u / pivots  # errors are divided once, at the end
+    columns = list(zip(w, s, errors, strict=True))
+
+    def round_range(start: int, end: int) -> None:
+        """By halves, the right one after what the left one's errors ask of it: what is corrected stays in the cache."""
+        if end - start > LEAF:
+            middle = (start + end) // 2
+            round_range(start, middle)
+            w[middle:end].addmm_(u[start:middle, middle:end].T, errors[start:middle], alpha=-1)
+            round_range(middle, end)
+            return
+        for k in range(start, end):
+            column, step_k, e = columns[k]
+            codes.append(grid.codes(column, step_k))
+            torch.addcmul(column, codes[k], step_k, value=-1, out=e)
+            w[k + 1 : end].addr_(u[k, k + 1 : end], e, alpha=-1)
+
+    round_range(0, len(w))
+    return torch.stack(codes, dim=1), errors.div_(pivots).T
 
 
 def error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
