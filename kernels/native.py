@@ -63,6 +63,8 @@ def library() -> ctypes.CDLL:
         ctypes.c_void_p, ctypes.POINTER(_Tensor), ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
         ctypes.c_char_p, ctypes.c_size_t,
     ]  # fmt: skip
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.compressor_gptq.argtypes = [*[pointer] * 3, number, number, *[pointer] * 3, ctypes.c_int]
     return loaded
 
 
@@ -146,6 +148,27 @@ def linear(op: str, attributes: dict[str, str | int], x: Tensor, inputs: Sequenc
     halves = (torch.bfloat16, torch.float16, torch.float64)
     given = [t.float() if t is not None and t.dtype in halves else t for t in (x, *inputs)]
     return run(op, attributes, given, (*x.shape[:-1], rows)).to(x.dtype)
+
+
+def gptq_block(
+    weight: Tensor, step: Tensor, u: Tensor, limits: tuple[float, float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """(codes, errors), each [N, C] float32, of a block of C <= 128 columns: methods/gptq.py, round_block.
+
+    weight, step [N, C], u [C, C] float32 on the CPU; limits of the element grid as in methods/grid.py.
+    """
+    import torch
+
+    weight, step, u = weight.contiguous(), step.contiguous(), u.contiguous()
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    pointers = [t.data_ptr() for t in (weight, step, u)]
+    done = library().compressor_gptq(
+        *pointers, *weight.shape, (ctypes.c_float * 4)(*limits), codes.data_ptr(), errors.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not done:
+        raise ValueError(f"a block has at most 128 columns, got {weight.shape[1]}.")
+    return codes, errors
 
 
 @cache

@@ -19,6 +19,7 @@ extern "C" {
 void* compressor_create(const char*, const char* const*, const char* const*, int, char*, size_t);
 int compressor_run(const void*, const CompressorTensor*, int, float*, int64_t, int, char*, size_t);
 void compressor_destroy(void*);
+int compressor_gptq(const float*, const float*, const float*, int64_t, int64_t, const float*, float*, float*, int);
 int compressor_use_isa(const char*);
 }
 
@@ -121,6 +122,17 @@ std::vector<Case> cases(int64_t n) {
   return all;
 }
 
+// Codes, then errors, of one block of GPTQ.
+std::vector<float> round_block(int64_t rows, int64_t columns, int threads) {
+  state = 5;
+  const Buffer weight(FLOAT, {rows, columns}), u(FLOAT, {columns, columns});
+  const std::vector<float> step(size_t(rows * columns), 0.25f), grid = {-6, 6, 1, 0.5};
+  std::vector<float> found(size_t(2 * rows * columns));
+  const float *w = reinterpret_cast<const float*>(weight.bytes.get()), *f = reinterpret_cast<const float*>(u.bytes.get());
+  compressor_gptq(w, step.data(), f, rows, columns, grid.data(), found.data(), found.data() + rows * columns, threads);
+  return found;
+}
+
 }  // namespace
 
 int main() {
@@ -141,6 +153,15 @@ int main() {
             ++checked;
           }
         }
+    for (int64_t n : {1, 33, 130})
+      for (int64_t k : {1, 63, 128}) {
+        const std::vector<float> one = round_block(n, k, 1), other = round_block(n, k, 4);
+        if (std::memcmp(one.data(), other.data(), one.size() * sizeof(float))) {
+          std::printf("gptq with %s: 4 threads give other bits\n", isa);
+          return 1;
+        }
+        ++checked;
+      }
     const int64_t k = 96;
     Case table{"FP4Embedding", {{"format", "nvfp4"}}, {}, k, 5};
     table.inputs.emplace_back(UINT8, Shape{5, k / 2});

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compressor.errors import NumericsError
+from compressor.kernels import native
 from compressor.layers import Packed, build
 from compressor.methods import gptq, scale_search
 from compressor.methods.grid import ELEMENTS, LIMITS, Grid
@@ -111,13 +112,34 @@ def test_the_gpu_kernel_is_its_twin(rng, format, rows, columns):
     from compressor.kernels import gptq_columns
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, step, u = _block(rng, rows, columns)
+    expected = gptq.round_block(weight, step, u, Grid(format, step))
+    columnwise = u.to(device).T.contiguous().T  # as a triangular solve on a GPU leaves it
+    found = gptq_columns.round_block(weight.to(device), step.to(device), columnwise, LIMITS[format])
+    _agree(found, expected)
+
+
+@pytest.mark.skipif(not native.built(), reason="the library of fused CPU ops was not built")
+@pytest.mark.parametrize("format", LIMITS)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 128), (1, 1), (33, 63), (160, 128)])
+def test_the_cpu_kernel_is_its_twin(rng, format, rows, columns):
+    weight, step, u = _block(rng, rows, columns)
+    expected = gptq.round_block(weight, step, u, Grid(format, step))
+    found = native.gptq_block(weight, step, u, LIMITS[format])
+    _agree(found, expected)
+    with pytest.raises(ValueError, match="at most 128 columns, got 129"):
+        native.gptq_block(torch.ones(1, 129), torch.ones(1, 129), torch.eye(129), LIMITS[format])
+
+
+def _block(rng, rows, columns):
     weight = torch.randn(rows, columns, generator=rng) * 20
     step = torch.rand(rows, columns, generator=rng) * 3 + 0.01
     u = torch.randn(columns, columns, generator=rng).triu_() * 0.1 + torch.eye(columns)
     weight[0, 0] = step[0, 0] * 2.5  # a tie goes to the even code
-    expected = gptq.round_block(weight.clone(), step, u, Grid(format, step))
-    columnwise = u.to(device).T.contiguous().T  # as a triangular solve on a GPU leaves it
-    found = gptq_columns.round_block(weight.to(device), step.to(device), columnwise, LIMITS[format])
+    return weight, step, u
+
+
+def _agree(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         # A sum's order can tip one code over, after which that row is another one.
         same = torch.isclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-4).all(1)

@@ -47,7 +47,7 @@ def nodes(n: int, k: int) -> Iterator[tuple[str, str, str, dict[str, Any], list[
 
     ours = "ai.compressor"
     one = np.ones(1, np.float32)
-    for rule in ("none", "nvfp4"):
+    for rule in ("none", "nvfp4", "int8"):
         attributes = {"format": "nvfp4", "activations": rule, "four_over_six": 0, "block_size": 16, "hadamard": 0}
         given = ("input_global_scale", one) if rule == "nvfp4" else None
         tensors = [("weight_packed", bytes_of(n, k // 2)), ("weight_scale", e4m3(n, k // 16)), ("divisor", one), given]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericsError
+from compressor.kernels import native
 from compressor.methods.grid import LIMITS, Grid
 
 BLOCK = 128  # columns whose corrections are collected before the rest of the matrix is touched
@@ -84,15 +85,18 @@ def round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
 
 
 def _round(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    if weight.is_cuda and grid.format in LIMITS and importlib.util.find_spec("triton"):
+    if weight.is_cuda and importlib.util.find_spec("triton"):
         from compressor.kernels import gptq_columns
 
         return gptq_columns.round_block(weight, step, u, LIMITS[grid.format])
+    if weight.device.type == "cpu" and native.built():
+        return native.gptq_block(weight, step, u, LIMITS[grid.format])
     return round_block(weight, step, u, grid)
 
 
 def round_block(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(codes, errors e), each [N, C], of C columns. kernels/gptq_columns.py is the fast twin.
+    """(codes, errors e), each [N, C], of C columns. Its fast twins are kernels/gptq_columns.py on a GPU and
+    kernels/ort/isa_gptq.h on a CPU.
 
     weight, step [N, C] float32 in the factor's column order;  u [C, C] the factor's part for these columns.
     """

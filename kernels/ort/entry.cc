@@ -2,7 +2,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "matrix.h"
 #include "op.h"
+#include "threads.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -75,6 +77,20 @@ EXPORT int compressor_run(const Kernel* kernel, const CompressorTensor* tensors,
 }
 
 EXPORT void compressor_destroy(Kernel* kernel) { delete kernel; }
+
+// One block of GPTQ: codes and errors [rows, columns] of weight and step of that shape and u [columns, columns]; grid:
+// the four numbers of GptqGrid. 0, and nothing done, for more than GPTQ_COLUMNS columns.
+EXPORT int compressor_gptq(const float* weight, const float* step, const float* u, int64_t rows, int64_t columns,
+                           const float* grid, float* codes, float* errors, int threads) {
+  constexpr int64_t TASK = 64;
+  if (columns > GPTQ_COLUMNS) return 0;
+  const GptqGrid limits = {grid[0], grid[1], grid[2], grid[3]};
+  OwnThreads(threads).each(size_t((rows + TASK - 1) / TASK), [&](size_t task) {
+    const int64_t first = int64_t(task) * TASK, last = first + TASK < rows ? first + TASK : rows;
+    isa().gptq(weight, step, u, first, last, columns, limits, codes, errors);
+  });
+  return 1;
+}
 
 // The instruction set in use, and another one for tests: 0 where this processor does not have it.
 EXPORT const char* compressor_isa() { return isa().name; }

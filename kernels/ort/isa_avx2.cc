@@ -102,12 +102,13 @@ inline int32_t int_sum(I acc) {
 }
 
 #include "isa_body.h"
+#include "isa_gptq.h"
 #include "isa_integers.h"
 
-// No pair exceeds 2 * 144 and so none saturates.
-inline __m256i byte_dot(__m256i a, __m256i b) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
-}
+// Sums of 16 bits, two in each 32: at most 24 * 128 * 8 each, of which the start takes away what does not fit.
+inline __m256i dot(__m256i acc, __m256i u, __m256i x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, x)); }
+inline __m256i finish(__m256i acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+inline int32_t start_of(int32_t sum) { return sum & 0xFFFF; }
 
 #include "isa_fp4.h"
 
@@ -118,6 +119,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                         fp4_bytes, fp4_arrange, fp4_gemv};
+                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq};
 
 }  // namespace compressor

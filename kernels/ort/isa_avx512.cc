@@ -77,9 +77,12 @@ inline I int_sum_up(I acc, W w) { return _mm512_dpbusd_epi32(acc, _mm512_set1_ep
 inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
 
 #include "isa_body.h"
+#include "isa_gptq.h"
 #include "isa_integers.h"
 
-inline __m256i byte_dot(__m256i a, __m256i b) { return _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b); }
+inline __m256i dot(__m256i acc, __m256i u, __m256i x) { return _mm256_dpbusd_epi32(acc, u, x); }
+inline __m256i finish(__m256i acc) { return acc; }
+inline int32_t start_of(int32_t sum) { return sum; }
 
 #include "isa_fp4.h"
 
@@ -92,6 +95,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
-                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv};
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq};
 
 }  // namespace compressor

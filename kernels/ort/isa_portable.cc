@@ -58,12 +58,14 @@ inline int32_t int_sum(const I& acc) {
 }
 
 #include "isa_body.h"
+#include "isa_gptq.h"
 #include "isa_integers.h"
 
 bool always() { return true; }
 
 }  // namespace
 
-extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm, nullptr, nullptr, nullptr};
+extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
+                             nullptr, nullptr, nullptr, nullptr, gptq};
 
 }  // namespace compressor

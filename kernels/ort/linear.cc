@@ -37,12 +37,17 @@ void in_parts(const Matrix& m, const Rounding& r, const float* x, int64_t tokens
     });
     const int64_t work = m.rows * m.columns * std::max<int64_t>(count / 4, 1);
     const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
-    const int64_t rows = ((m.rows + tasks - 1) / tasks + 7) / 8 * 8;
+    const int64_t rows = ((m.rows + tasks - 1) / tasks + 15) / 16 * 16;
     threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
       const int64_t first = int64_t(task) * rows;
       product(first, std::min(first + rows, m.rows), arranged, start, count, y + start * m.rows);
     });
   }
+}
+
+void add_bias(const Matrix& m, int64_t first, int64_t last, const float* bias, int64_t tokens, float* y) {
+  for (int64_t t = 0; bias && t < tokens; ++t)
+    for (int64_t n = first; n < last; ++n) y[t * m.rows + n] += bias[n];
 }
 
 }  // namespace
@@ -52,15 +57,19 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
   const Isa& kernels = isa();
   const int64_t block = r.block(m.columns);
   const bool fp4 = r.rule == Rule::NVFP4 || r.rule == Rule::MXFP4;
-  if (tokens == 1 && fp4 && m.codes == Codes::NIBBLE && m.scale_bytes && m.block == block && kernels.fp4_gemv) {
-    auto prepare = [&](int64_t, int64_t, int64_t, const float* codes, const float* steps, void* arranged) {
-      kernels.fp4_arrange(codes, steps, m.columns, block, arranged);
+  if (m.is_fp4 && (fp4 || r.rule == Rule::INT_TOKEN) && m.shift() >= 0 && kernels.fp4_gemm) {
+    const int64_t row_bytes = kernels.fp4_bytes(m.columns);
+    auto prepare = [&](int64_t, int64_t token, int64_t, const float* codes, const float* steps, uint8_t* arranged) {
+      kernels.fp4_arrange(codes, steps, m.columns, block, fp4 ? 0.5f : 1.0f, arranged + token * row_bytes);
     };
-    auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t, float* out) {
-      kernels.fp4_gemv(m, first, last, arranged, out);
-      for (int64_t n = first; bias && n < last; ++n) out[n] += bias[n];
+    auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t count, float* out) {
+      if (count == 1)
+        kernels.fp4_gemv(m, first, last, arranged, out);
+      else
+        kernels.fp4_gemm(m, first, last, arranged, fp4, count, out);
+      add_bias(m, first, last, bias, count, out);
     };
-    return in_parts(m, r, x, tokens, y, size_t(kernels.fp4_bytes(m.columns)), threads, prepare, product);
+    return in_parts(m, r, x, tokens, y, size_t(row_bytes), threads, prepare, product);
   }
   auto prepare = [&](int64_t, int64_t token, int64_t count, float* codes, const float* steps, uint8_t* arranged) {
     if (r.rule != Rule::NONE)
@@ -73,9 +82,7 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
       kernels.gemv(m, first, last, rows, out);
     else
       kernels.gemm(m, first, last, rows, count, out);
-    if (bias)
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t n = first; n < last; ++n) out[t * m.rows + n] += bias[n];
+    add_bias(m, first, last, bias, count, out);
   };
   in_parts(m, r, x, tokens, y, size_t(padded(m.columns)) * sizeof(float), threads, prepare, product);
 }
@@ -159,7 +166,8 @@ void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4) {
 void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor) {
   m.scale_bytes = scale.bytes();
   const float* e4m3 = byte_values("e4m3");
-  for (int i = 0; i < 256; ++i) m.step[i] = e4m3[i] / *divisor.floats();
+  m.divided_e4m3 = *divisor.floats();
+  for (int i = 0; i < 256; ++i) m.step[i] = e4m3[i] / m.divided_e4m3;
 }
 
 void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tensor& divisor) {
@@ -168,6 +176,7 @@ void fp4_matrix(Matrix& m, const Tensor& packed, const Tensor& scale, const Tens
   m.columns = m.row_bytes * 2;
   m.codes = Codes::NIBBLE;
   m.data = packed.bytes();
+  m.is_fp4 = true;
   float_values(*float_format("e2m1"), m.table);
   m.scales_a_row = scale.shape[1];
   m.block = m.columns / m.scales_a_row;

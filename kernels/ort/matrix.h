@@ -25,12 +25,14 @@ struct Matrix {
   Codes codes = Codes::NIBBLE;
   const uint8_t* data = nullptr;
   int64_t row_bytes = 0;
+  bool is_fp4 = false;  // nibbles of E2M1, which are integers in half steps
   alignas(64) float table[64] = {};  // values of the codes of 2, 4 and 6 bits; 4 bits: exact in bfloat16
 
   int64_t block = 0, scales_a_row = 1;
   const uint8_t* scale_bytes = nullptr;  // one byte each, its value in `step` …
   const float* scale_floats = nullptr;   // … or float32
   float step[256] = {};
+  float divided_e4m3 = 0;  // the divisor, where bytes are E4M3 over one
 
   float scale(int64_t row, int64_t index) const {
     int64_t at = row * scales_a_row + index;
@@ -72,6 +74,13 @@ struct Rounding {
   int64_t block(int64_t columns) const { return rule == Rule::NVFP4 ? 16 : rule == Rule::MXFP4 ? 32 : columns; }
 };
 
+// The element grid that GPTQ rounds to, as LIMITS of methods/grid.py: lowest and highest code, smallest binade (0:
+// integers), spacing over binade.
+struct GptqGrid {
+  float low, high, binade, unit;
+};
+constexpr int64_t GPTQ_COLUMNS = 128;
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -87,10 +96,16 @@ struct Isa {
   int64_t (*int_bytes)(int64_t columns);
   void (*int_arrange)(const float* codes, int64_t columns, void* out);
   void (*int_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, int64_t tokens, float* y);
-  // One token of FP4 codes in blocks of the weight's size, summed as integers; null where gemv is as good.
+  // FP4 weights in blocks of 16 and more times codes that are whole multiples of `unit`, at most 128 of them, with a
+  // step every `block`: summed as integers. An arranged row has fp4_bytes(K) bytes. gemv: one token; gemm: at most
+  // TOKENS_AT_ONCE, `blocks` unless each has one step. All null where floats are as fast.
   int64_t (*fp4_bytes)(int64_t columns);
-  void (*fp4_arrange)(const float* codes, const float* steps, int64_t columns, int64_t block, void* out);
+  void (*fp4_arrange)(const float* codes, const float* steps, int64_t columns, int64_t block, float unit, void* out);
   void (*fp4_gemv)(const Matrix&, int64_t first, int64_t last, const void* x, float* y);
+  void (*fp4_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, bool blocks, int64_t tokens, float* y);
+  // Rows [first, last) of weight, step, codes and errors [N, K], u [K, K]; K <= GPTQ_COLUMNS (isa_gptq.h).
+  void (*gptq)(const float* weight, const float* step, const float* u, int64_t first, int64_t last, int64_t columns,
+               const GptqGrid&, float* codes, float* errors);
 };
 
 const Isa& isa();                     // the best that this processor has
