@@ -65,6 +65,7 @@ class Recipe(_Frozen):
     calibration: Calibration = Calibration()
     embedding: TableChoice = "bf16"
     lm_head: TableChoice = "bf16"
+    head_activations: Literal["none", "int8"] = "none"  # of a head in FP4: one scale a token, taken when the model runs
     exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
     steps: Annotated[list[Step], Field(min_length=1)]
@@ -156,6 +157,9 @@ def _validated(document: Document) -> Recipe:
             found = f"{len(budgets)} mixed_bits steps" if budgets else "no mixed_bits step"
             wrong = f"{name} is 'auto', which is a share of a mixed_bits step's budget, and the recipe has {found}; "
             raise RecipeError(f"{document.origin((name,))}: {wrong}give it one, or {name} a format of its own.")
+    if (rule := recipe.head_activations) != "none" and recipe.lm_head not in ("nvfp4", "mxfp4"):
+        wrong = f"head_activations '{rule}' go with lm_head nvfp4 or mxfp4, and it is '{recipe.lm_head}'"
+        raise RecipeError(f"{document.origin(('head_activations',))}: {wrong}; change one of them.")
     return recipe.model_copy(update={"steps": steps})
 
 

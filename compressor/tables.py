@@ -151,14 +151,14 @@ def pack_tables(
         module = model.get_submodule(name)
         stored = packed_table(module, choice, placement, importance if tied or option == "lm_head" else None)
         if option == "lm_head":
-            tables.packed[name] = stored
+            tables.packed[name] = _as_head(stored, recipe)
             continue
         tables.packed[name] = _as_embedding(module, stored)
         if tied:
             assert head is not None
             bias = getattr(model.get_submodule(head), "bias", None)
             own = {} if bias is None else {"bias": bias.detach().clone()}
-            tables.packed[head] = Packed(stored.kind, stored.tensors | own, stored.attributes)
+            tables.packed[head] = _as_head(Packed(stored.kind, stored.tensors | own, stored.attributes), recipe)
             tables.tied = {f"{head}.{t}": f"{name}.{t}" for t in stored.tensors}
     return tables
 
@@ -183,6 +183,10 @@ def _as_embedding(module: Any, stored: Packed) -> Packed:
     attributes = {name: stored.attributes[name] for name in names if name in stored.attributes}
     attributes["multiplier"] = float(getattr(module, "embed_scale", 1.0))
     return Packed(EMBEDDING_KINDS[stored.kind], dict(stored.tensors), attributes)
+
+
+def _as_head(stored: Packed, recipe: Recipe) -> Packed:
+    return replace(stored, attributes=stored.attributes | {"activations": recipe.head_activations})
 
 
 class _Read(Exception):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from compressor import Recipe, compress
+from compressor import Recipe, compress, load
 from compressor.errors import DataError, ModelError, NumericsError, RecipeError
+from compressor.kernels import activations as act
 from compressor.layers import QuantLinear
 from compressor.model import as_loaded, blocks, linears
 from compressor.pipeline import plan_of
@@ -95,6 +96,30 @@ def test_tables_can_be_quantized(tiny, tiny_tokenizer, text, choice, tied):
     error = (rebuilt.get_input_embeddings()(torch.arange(9)) - table[:9]).norm() / table[:9].norm()
     assert error < (0.01 if choice.startswith("int8") else 0.15)
     assert logits(rebuilt, IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_can_round_its_input(tiny, tiny_tokenizer, text, tmp_path, tied):
+    model = tiny("llama", tie_word_embeddings=tied)
+    tables = ["embedding=nvfp4", "lm_head=nvfp4"]
+    plain, rounding = (
+        compress(model, recipe("nvfp4a16", *tables, *more), tokenizer=tiny_tokenizer, data=text)
+        for more in ([], ["head_activations=int8"])
+    )
+    rounding.save(tmp_path / "folder")
+    loaded = load(tmp_path / "folder").model()
+    assert loaded.lm_head.attributes["activations"] == "int8"
+    hidden = torch.randn(3, model.config.hidden_size)
+    rounded = act.int8_per_token(hidden)
+    expected = rounded @ plain.model().lm_head.dequantize().T
+    assert torch.allclose(loaded.lm_head(hidden), expected, atol=1e-5)
+    assert not torch.allclose(plain.model().lm_head(hidden), expected, atol=1e-5)
+    assert torch.equal(loaded.get_input_embeddings()(IDS), plain.model().get_input_embeddings()(IDS))
+
+
+def test_only_a_head_in_fp4_rounds_its_input():
+    with pytest.raises(RecipeError, match=r"'int8' go with lm_head nvfp4 or mxfp4, and it is 'int8-row'; change one"):
+        recipe("nvfp4a16", "lm_head=int8-row", "embedding=int8-row", "head_activations=int8")
 
 
 def test_a_tied_pair_takes_one_format(tiny, tiny_tokenizer, text):
