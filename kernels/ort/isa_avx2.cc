@@ -77,8 +77,7 @@ template <bool E4M3>
 inline F from_float8(const uint8_t* p) {
   __m128i half = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   if (E4M3) {
-    const __m128i sign = _mm_and_si128(half, _mm_set1_epi16(short(0x8000)));
-    half = _mm_or_si128(sign, _mm_srli_epi16(_mm_slli_epi16(half, 1), 2));
+    half = _mm_and_si128(_mm_srai_epi16(half, 1), _mm_set1_epi16(short(0xBFFF)));
   }
   return _mm256_cvtph_ps(half);
 }

@@ -58,8 +58,7 @@ inline F from_float8(const uint8_t* p) {
   __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   half = _mm256_slli_epi16(half, 8);
   if (E4M3) {
-    const __m256i sign = _mm256_and_si256(half, _mm256_set1_epi16(short(0x8000)));
-    half = _mm256_or_si256(sign, _mm256_srli_epi16(_mm256_slli_epi16(half, 1), 2));
+    half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16(short(0xBFFF)));
   }
   return _mm512_cvtph_ps(half);
 }

@@ -9,6 +9,7 @@ constexpr int64_t FP4_CHUNK = 64, FP4_BLOCKS = 4;  // codes, and blocks of 16 of
 constexpr int64_t FP4_PANEL = 1024;                // columns whose weights stay in the first-level cache
 constexpr int FP4_ROWS = 8, FP4_GROUPS = 2;        // rows to a vector of sums, vectors that share an input
 constexpr int FP4_OFFSET = 12;
+constexpr int64_t FP4_AHEAD = 4096;                // bytes
 
 // 64 inputs: those of even k, then those of odd k, so that 32 bits are four of one block. Where sums begin: in `start`
 // those of each half of a block, in `whole` those of a block.
@@ -44,18 +45,28 @@ void fp4_arrange(const float* codes, const float* steps, int64_t columns, int64_
   }
 }
 
-// The scales of `count` blocks of 16 of a row, from block `first` on, as floats; zeros behind the last one.
-inline void fp4_scales(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
-  const int64_t there = m.columns / 16 - first < count ? m.columns / 16 - first : count;
-  const int shift = m.shift();
-  int64_t i = 0;
-  if (m.divided_e4m3) {
-    const float factor = 256 / m.divided_e4m3;
-    const uint8_t* bytes = m.scale_bytes + row * m.scales_a_row + first;
-    for (; i + LANES <= there; i += LANES) store(out + i, mul(from_float8<true>(bytes + i), splat(&factor)));
+// The scales of eight blocks of 16 of a row from block `first` on, zeros behind the last one; E4M3 ones over 256.
+template <bool E4M3>
+inline __m256 fp4_scales(const Matrix& m, int64_t row, int64_t first) {
+  const int64_t there = m.columns / 16 - first;
+  if constexpr (E4M3) {
+    const uint8_t* from = m.scale_bytes + row * m.scales_a_row + first;
+    __m128i bytes = _mm_setzero_si128();
+    if (there >= 8)
+      bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    else if (there == 4)
+      bytes = _mm_loadu_si32(from);
+    else
+      __builtin_memcpy(&bytes, from, size_t(there));
+    // One bit further down, E4M3 is a float16 2^8 times smaller.
+    const __m128i half = _mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes), 1);
+    return _mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16(short(0xBFFF))));
+  } else {
+    const int shift = m.shift();
+    alignas(32) float scales[8] = {};
+    for (int64_t i = 0; i < 8 && i < there; ++i) scales[i] = m.scale(row, (first + i) >> shift);
+    return _mm256_load_ps(scales);
   }
-  for (; i < there; ++i) out[i] = m.scale(row, (first + i) >> shift);
-  for (; i < count; ++i) out[i] = 0;
 }
 
 struct FP4Codes {
@@ -83,50 +94,52 @@ inline const uint8_t* fp4_chunk(const Matrix& m, int64_t row, int64_t c, uint8_t
 
 // --- one token: a vector of sums belongs to one row ------------------------------------------------------------------
 
-template <int R>
+template <int R, bool E4M3, bool BLOCKS>
 inline void fp4_rows(const Matrix& m, const FP4Codes& decode, int64_t row, const FP4Chunk* x, float* y) {
   const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
-  const int64_t chunks = fp4_chunks(m.columns), panel = FP4_PANEL / FP4_CHUNK;
-  float scales[R][FP4_PANEL / 16];
+  const int64_t chunks = fp4_chunks(m.columns), whole = m.columns / FP4_CHUNK;
   __m256 acc[R];
   UNROLL for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
-  for (int64_t start = 0; start < chunks; start += panel) {
-    const int64_t end = chunks - start < panel ? chunks : start + panel;
-    for (int r = 0; r < R; ++r) fp4_scales(m, row + r, start * FP4_BLOCKS, (end - start) * FP4_BLOCKS, scales[r]);
-    const auto add = [&](int r, const uint8_t* codes, int64_t c) {
-      __m256i even, odd;
-      decode(codes, &even, &odd);
-      const __m256i* in = reinterpret_cast<const __m256i*>(x[c].x);
-      __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[c].start));
-      sum = finish(dot(dot(sum, even, _mm256_loadu_si256(in)), odd, _mm256_loadu_si256(in + 1)));
-      const __m128 steps = _mm_mul_ps(_mm_loadu_ps(scales[r] + (c - start) * FP4_BLOCKS), _mm_loadu_ps(x[c].steps));
-      const __m256 step = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(steps), twice);
-      acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, acc[r]);
-    };
-    const uint8_t* codes = m.data + row * m.row_bytes;
-    const int64_t whole = end * FP4_CHUNK <= m.columns ? end : end - 1;
-    for (int64_t c = start; c < whole; ++c) {
-      // The rows of the next step: rows of 512 bytes and more are too far apart for the processor to foresee them.
-      UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(codes + (R + r) * m.row_bytes + c * 32);
-      UNROLL for (int r = 0; r < R; ++r) add(r, codes + r * m.row_bytes + c * 32, c);
+  const auto add = [&](int r, const uint8_t* codes, __m128 scales, const FP4Chunk& in) {
+    __m256i even, odd;
+    decode(codes, &even, &odd);
+    const __m256i* bytes = reinterpret_cast<const __m256i*>(in.x);
+    __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.start));
+    sum = finish(dot(dot(sum, even, _mm256_loadu_si256(bytes)), odd, _mm256_loadu_si256(bytes + 1)));
+    const __m128 steps = BLOCKS ? _mm_mul_ps(scales, _mm_loadu_ps(in.steps)) : scales;
+    const __m256 step = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(steps), twice);
+    acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, acc[r]);
+  };
+  const uint8_t* codes = m.data + row * m.row_bytes;
+  int64_t c = 0;
+  for (; c + 2 <= whole; c += 2)
+    UNROLL for (int r = 0; r < R; ++r) {
+      // Memory answers after some 100 ns: what is asked for now is read a few rows later.
+      __builtin_prefetch(codes + FP4_AHEAD + (c * R + 2 * r) * 32);
+      const __m256 scales = fp4_scales<E4M3>(m, row + r, c * FP4_BLOCKS);
+      add(r, codes + r * m.row_bytes + c * 32, _mm256_castps256_ps128(scales), x[c]);
+      add(r, codes + r * m.row_bytes + c * 32 + 32, _mm256_extractf128_ps(scales, 1), x[c + 1]);
     }
-    uint8_t tail[32];
-    if (whole < end)
-      UNROLL for (int r = 0; r < R; ++r) add(r, fp4_chunk(m, row + r, whole, tail), whole);
-  }
+  for (; c < chunks; ++c)
+    UNROLL for (int r = 0; r < R; ++r) {
+      alignas(32) uint8_t tail[32];
+      const __m256 scales = fp4_scales<E4M3>(m, row + r, c * FP4_BLOCKS);
+      add(r, fp4_chunk(m, row + r, c, tail), _mm256_castps256_ps128(scales), x[c]);
+    }
+  const float factor = (E4M3 ? 256 / m.divided_e4m3 : 1) * (BLOCKS ? 1 : x->steps[0]);
   UNROLL for (int r = 0; r < R; ++r) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(acc[r]), _mm256_extractf128_ps(acc[r], 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    y[row + r] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    y[row + r] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s))) * factor;
   }
 }
 
-void fp4_gemv(const Matrix& m, int64_t first, int64_t last, const void* x, float* y) {
+template <bool E4M3, bool BLOCKS>
+void fp4_gemv_with(const Matrix& m, int64_t first, int64_t last, const FP4Chunk* x, float* y) {
   const FP4Codes decode(m);
-  const FP4Chunk* chunks = static_cast<const FP4Chunk*>(x);
   int64_t row = first;
-  for (; row + 4 <= last; row += 4) fp4_rows<4>(m, decode, row, chunks, y);
-  for (; row < last; ++row) fp4_rows<1>(m, decode, row, chunks, y);
+  for (; row + 4 <= last; row += 4) fp4_rows<4, E4M3, BLOCKS>(m, decode, row, x, y);
+  for (; row < last; ++row) fp4_rows<1, E4M3, BLOCKS>(m, decode, row, x, y);
 }
 
 // --- many tokens: each 32 bits of a vector of sums belong to a row ----------------------------------------------------
@@ -154,18 +167,17 @@ inline void transpose(const __m256i* in, uint8_t* out, int64_t stride) {
 // block. Rows from `last` on are zeros.
 struct FP4Panel {
   alignas(32) uint8_t codes[FP4_PANEL / 4][32];
-  alignas(32) float scales[FP4_PANEL / 16][FP4_ROWS];
+  alignas(32) float scales[FP4_PANEL / 16 + 4][FP4_ROWS];  // written eight blocks at a time
 
+  template <bool E4M3>
   void fill(const Matrix& m, const FP4Codes& decode, int64_t row, int64_t last, int64_t start, int64_t end) {
-    float scale[FP4_ROWS][FP4_PANEL / 16];
-    const int64_t blocks = (end - start) * FP4_BLOCKS;
-    for (int r = 0; r < FP4_ROWS; ++r)
-      if (row + r < last)
-        fp4_scales(m, row + r, start * FP4_BLOCKS, blocks, scale[r]);
-      else
-        __builtin_memset(scale[r], 0, sizeof scale[r]);
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int r = 0; r < FP4_ROWS; ++r) scales[b][r] = scale[r][b];
+    const __m256 factor = _mm256_set1_ps(E4M3 ? 256 / m.divided_e4m3 : 1);
+    for (int64_t b = start * FP4_BLOCKS; b < end * FP4_BLOCKS; b += 8)
+      for (int r = 0; r < FP4_ROWS; ++r) {
+        alignas(32) float eight[8] = {};
+        if (row + r < last) _mm256_store_ps(eight, _mm256_mul_ps(fp4_scales<E4M3>(m, row + r, b), factor));
+        for (int i = 0; i < 8; ++i) scales[b - start * FP4_BLOCKS + i][r] = eight[i];
+      }
     for (int64_t c = start; c < end; ++c) {
       __m256i even[FP4_ROWS], odd[FP4_ROWS];
       uint8_t tail[32];
@@ -218,8 +230,8 @@ inline void fp4_block(const FP4Panel* w, const FP4Chunk* x, int64_t stride, int6
   }
 }
 
-template <bool BLOCKS>
-void fp4_tiles(const Matrix& m, int64_t first, int64_t last, const FP4Chunk* x, int64_t tokens, float* y) {
+template <bool E4M3, bool BLOCKS>
+void fp4_gemm_with(const Matrix& m, int64_t first, int64_t last, const FP4Chunk* x, int64_t tokens, float* y) {
   constexpr int TILE_ROWS = FP4_GROUPS * FP4_ROWS;
   const FP4Codes decode(m);
   const int64_t chunks = fp4_chunks(m.columns), panel = FP4_PANEL / FP4_CHUNK;
@@ -231,7 +243,7 @@ void fp4_tiles(const Matrix& m, int64_t first, int64_t last, const FP4Chunk* x, 
       const int64_t count = chunks - start < panel ? chunks - start : panel;
       for (int n = 0; n < FP4_GROUPS; ++n) {
         const int64_t at = row + n * FP4_ROWS < last ? row + n * FP4_ROWS : row;  // a group beyond the end is left out
-        w[n].fill(m, decode, at, last, start, start + count);
+        w[n].fill<E4M3>(m, decode, at, last, start, start + count);
       }
       int64_t t = 0;
       const auto block = [&](auto M) {
@@ -247,10 +259,24 @@ void fp4_tiles(const Matrix& m, int64_t first, int64_t last, const FP4Chunk* x, 
   }
 }
 
+// --- which of them ----------------------------------------------------------------------------------------------------
+
+template <class Function>
+void fp4_with(const Matrix& m, bool blocks, Function&& function) {
+  const std::true_type yes;
+  const std::false_type no;
+  if (m.divided_e4m3 != 0 && m.shift() == 0) return blocks ? function(yes, yes) : function(yes, no);
+  return blocks ? function(no, yes) : function(no, no);
+}
+
+void fp4_gemv(const Matrix& m, int64_t first, int64_t last, const void* x, bool blocks, float* y) {
+  fp4_with(m, blocks, [&](auto e4m3, auto each) {
+    fp4_gemv_with<e4m3, each>(m, first, last, static_cast<const FP4Chunk*>(x), y);
+  });
+}
+
 void fp4_gemm(const Matrix& m, int64_t first, int64_t last, const void* x, bool blocks, int64_t tokens, float* y) {
-  const FP4Chunk* chunks = static_cast<const FP4Chunk*>(x);
-  if (blocks)
-    fp4_tiles<true>(m, first, last, chunks, tokens, y);
-  else
-    fp4_tiles<false>(m, first, last, chunks, tokens, y);
+  fp4_with(m, blocks, [&](auto e4m3, auto each) {
+    fp4_gemm_with<e4m3, each>(m, first, last, static_cast<const FP4Chunk*>(x), tokens, y);
+  });
 }

@@ -155,16 +155,16 @@ OrtCustomOpDomain* domain_of(const OrtApiBase* runtime, const OrtApi& api) {
 
 }  // namespace
 
-void expect(const Op& op, const std::vector<Tensor>& inputs, size_t index, std::vector<int32_t> types,
-            std::vector<int64_t> shape) {
+void expect(const Op& op, const std::vector<Tensor>& inputs, size_t index, std::initializer_list<int32_t> types,
+            std::initializer_list<int64_t> shape) {
   const Tensor& t = inputs[index];
+  bool fits = t.shape.size() == shape.size(), known = false;
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape.begin()[i] < 0 || shape.begin()[i] == t.shape[i];
+  for (int32_t type : types) known = known || type == t.type;
+  if (t && known && fits) return;  // each call of a kernel passes here: no word is written before something is wrong
   const std::string where = std::string(op.name) + ": " + op.inputs[index].name;
   if (!t) throw Error(where + " is missing, which these attributes need.");
-  bool fits = t.shape.size() == shape.size(), known = false;
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == t.shape[i];
-  for (int32_t type : types) known = known || type == t.type;
   if (!known) throw Error(where + " has element type " + std::to_string(t.type) + ", which this op does not read.");
-  if (fits) return;
   std::string found, wanted;
   for (int64_t d : t.shape) found += (found.empty() ? "" : ", ") + std::to_string(d);
   for (int64_t d : shape) wanted += (wanted.empty() ? "" : ", ") + (d < 0 ? std::string("any") : std::to_string(d));

@@ -64,7 +64,7 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
     };
     auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t count, float* out) {
       if (count == 1)
-        kernels.fp4_gemv(m, first, last, arranged, out);
+        kernels.fp4_gemv(m, first, last, arranged, fp4, out);
       else
         kernels.fp4_gemm(m, first, last, arranged, fp4, count, out);
       add_bias(m, first, last, bias, count, out);
@@ -138,14 +138,15 @@ void set_hadamard(const char* op, Rounding& r, int64_t hadamard) {
 }
 
 std::vector<int64_t> output_shape(const Op& op, const Tensor& x, int64_t columns, int64_t rows, const Rounding& r) {
-  const std::string where = std::string(op.name) + ": ", features = std::to_string(columns);
+  const auto wrong = [&](const std::string& what) { return Error(std::string(op.name) + ": " + what); };
+  const int64_t block = r.block(columns);
   if (x.shape.empty() || x.last() != columns)
-    throw Error(where + "x has " + std::to_string(x.last()) + " features, its weight " + features + ".");
+    throw wrong("x has " + std::to_string(x.last()) + " features, its weight " + std::to_string(columns) + ".");
   if (r.hadamard && columns % r.hadamard)
-    throw Error(where + "hadamard " + std::to_string(r.hadamard) + " does not divide its " + features + " features.");
-  if (columns % std::max<int64_t>(r.block(columns), 1))
-    throw Error(where + "blocks of " + std::to_string(r.block(columns)) + " do not divide its " + features +
+    throw wrong("hadamard " + std::to_string(r.hadamard) + " does not divide its " + std::to_string(columns) +
                 " features.");
+  if (columns % std::max<int64_t>(block, 1))
+    throw wrong("blocks of " + std::to_string(block) + " do not divide its " + std::to_string(columns) + " features.");
   std::vector<int64_t> shape = x.shape;
   shape.back() = rows;
   return shape;
@@ -155,8 +156,10 @@ void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4) {
   expect(op, in, 1, {UINT8}, {-1, -1});
   const int64_t rows = in[1].shape[0], columns = in[1].shape[1] * 2, block = nvfp4 ? 16 : 32;
   // A graph declares the E4M3 scales of a table as the bytes that they are: stock onnxruntime gathers no float8.
-  const std::vector<int32_t> types = nvfp4 ? std::vector<int32_t>{FLOAT8E4M3FN, UINT8} : std::vector<int32_t>{UINT8};
-  expect(op, in, 2, types, {rows, columns / block});
+  if (nvfp4)
+    expect(op, in, 2, {FLOAT8E4M3FN, UINT8}, {rows, columns / block});
+  else
+    expect(op, in, 2, {UINT8}, {rows, columns / block});
   if (nvfp4) expect(op, in, 3, {FLOAT32}, {1});
   if (columns % block)
     throw Error(std::string(op.name) + ": blocks of " + std::to_string(block) + " do not divide its " +

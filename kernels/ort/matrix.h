@@ -101,7 +101,7 @@ struct Isa {
   // TOKENS_AT_ONCE, `blocks` unless each has one step. All null where floats are as fast.
   int64_t (*fp4_bytes)(int64_t columns);
   void (*fp4_arrange)(const float* codes, const float* steps, int64_t columns, int64_t block, float unit, void* out);
-  void (*fp4_gemv)(const Matrix&, int64_t first, int64_t last, const void* x, float* y);
+  void (*fp4_gemv)(const Matrix&, int64_t first, int64_t last, const void* x, bool blocks, float* y);
   void (*fp4_gemm)(const Matrix&, int64_t first, int64_t last, const void* x, bool blocks, int64_t tokens, float* y);
   // Rows [first, last) of weight, step, codes and errors [N, K], u [K, K]; K <= GPTQ_COLUMNS (isa_gptq.h).
   void (*gptq)(const float* weight, const float* step, const float* u, int64_t first, int64_t last, int64_t columns,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -65,8 +66,8 @@ struct Op {
 extern const std::vector<const Op*> OPS;  // library.cc
 
 // Raises Error unless `tensor` has this type and shape; -1 stands for any size.
-void expect(const Op& op, const std::vector<Tensor>& inputs, size_t index, std::vector<int32_t> types,
-            std::vector<int64_t> shape);
+void expect(const Op& op, const std::vector<Tensor>& inputs, size_t index, std::initializer_list<int32_t> types,
+            std::initializer_list<int64_t> shape);
 // "fp4_linear: format is 'x'; this library knows a, b; …"
 Error unknown(const char* op, const char* attribute, const std::string& found, const char* allowed);
 
