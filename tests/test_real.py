@@ -72,6 +72,7 @@ def test_sentence_embeddings_of_a_real_encoder(shared_path, name, cosine):
         ("nvfp4a16", ["calibration.windows=64"], 0.072),
         ("w4a16-gptq", ["calibration.windows=64"], 0.11),
         ("nvfp4a16-small", ["calibration.windows=64"], 0.12),
+        ("w4a8-cpu", ["calibration.windows=64"], 0.125),
     ],
 )
 def test_quality_and_verification_of_the_demo_model(tmp_path, shared_path, name, overrides, kl):
