@@ -7,7 +7,8 @@
 namespace compressor {
 namespace {
 
-constexpr int64_t TASK_WEIGHTS = 1 << 14, TASK_TOKENS = 16, MAX_TASKS = 128;
+constexpr int64_t TASK_WEIGHTS = 1 << 15, TASK_TOKENS = 16, MAX_TASKS = 128;
+constexpr int64_t ONE_TASK = 1 << 17;  // so little work is done before a second thread has begun
 
 // Grown, never shrunk, one for each calling thread: at most 128 tokens of the widest layer.
 uint8_t* scratch(size_t bytes) {
@@ -36,7 +37,7 @@ void in_parts(const Matrix& m, const Rounding& r, const float* x, int64_t tokens
       }
     });
     const int64_t work = m.rows * m.columns * std::max<int64_t>(count / 4, 1);
-    const int64_t tasks = std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
+    const int64_t tasks = work < ONE_TASK ? 1 : std::clamp<int64_t>(work / TASK_WEIGHTS, 1, MAX_TASKS);
     const int64_t rows = ((m.rows + tasks - 1) / tasks + 15) / 16 * 16;
     threads.each(size_t((m.rows + rows - 1) / rows), [&](size_t task) {
       const int64_t first = int64_t(task) * rows;
