@@ -36,8 +36,9 @@ INPUTS = {
 }
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
+SHAPE = ("K", "N")  # attributes that a body hands on: one body serves all shapes
 ATTRIBUTES = {
-    "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard"),
+    "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard", *SHAPE),
     "IntLinear": ("bits", "group_size", "activations", "packed", "in_features", "hadamard"),
     "FP8Linear": ("activations", "hadamard"),
     "FloatLinear": ("format", "activations", "block_size"),
@@ -131,6 +132,8 @@ def _emit_fp4_linear(
         "activations": activations,
         "four_over_six": int(four_over_six),
         "block_size": FORMATS[format].block,
+        "K": weight_packed.shape[1] * 2,
+        "N": weight_packed.shape[0],
         "hadamard": hadamard,
     }
     inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))

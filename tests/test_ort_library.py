@@ -129,6 +129,7 @@ def float_case(n: int, k: int, format: str, rule: str, block: int = 0, shift: bo
 def cases(n: int) -> Iterator[Case]:
     """Every attribute value; K odd where the format's blocks permit, and beyond one panel of 768 columns."""
     rules = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False), ("int8", False), ("fp8", False)]
+    rules.append(("int8_block", False))
     for (rule, better), (format, k) in itertools.product(rules, [("nvfp4", 48), ("nvfp4", 544), ("mxfp4", 1600)]):
         if k % 32 == 0 or rule != "mxfp4":
             yield fp4_case(n, k, format, rule, better, bias=k != 48)
@@ -191,7 +192,7 @@ def test_every_op_computes_what_its_reference_computes(chosen: str, rows: int) -
                 assert close(case(x[:tokens]), case.reference(x)), (case.op, case.attributes, tokens)
 
 
-@pytest.mark.parametrize("rule", ["nvfp4", "four_over_six", "mxfp4", "int8", "fp8"])
+@pytest.mark.parametrize("rule", ["nvfp4", "four_over_six", "mxfp4", "int8", "int8_block", "fp8"])
 def test_inputs_are_rounded_to_the_same_bits(chosen: str, rule: str) -> None:
     """An identity of exact ones hands the rounded input through; 192 columns of the input at a time."""
     k = 192

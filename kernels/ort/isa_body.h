@@ -366,6 +366,15 @@ void round_blocks(const Rounding& r, int64_t columns, float* x, float* steps) {
       }
       return;
     }
+    case Rule::INT_BLOCK: {
+      for (int64_t b = 0; b < columns / r.size; ++b, x += r.size) {
+        const float top = largest(x, r.size), quotient = 127 / top;
+        const float inverse = quotient > 3.402823466e+38f ? 0 : quotient;  // of zeros, and of what is next to them
+        steps[b] = top / 127;
+        for (int64_t i = 0; i < r.size; ++i) x[i] = __builtin_rintf(x[i] * inverse);
+      }
+      return;
+    }
     case Rule::INT_TOKEN:
     case Rule::INT_STATIC: {
       const float top = float(1 << (r.bits - 1));
