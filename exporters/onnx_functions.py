@@ -344,6 +344,13 @@ def _int_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
     return op.Reshape(rows, op.Concat(op.Shape(v["ids"]), [a["in_features"]], axis=0))
 
 
+def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    size = op.Shape(v["x"], start=-1)
+    half = op.Div(size, [2])
+    gate, up = op.Slice(v["x"], [0], half, [-1]), op.Slice(v["x"], half, size, [-1])
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
 BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "FP4Linear": _fp4_linear,
     "IntLinear": _int_linear,
@@ -351,6 +358,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "FloatLinear": _float_linear,
     "FP4Embedding": _fp4_embedding,
     "IntEmbedding": _int_embedding,
+    "SwiGLU": _swiglu,
 }
 
 

@@ -32,6 +32,8 @@ def merge(model: ir.Model, weights: Path) -> dict[str, int]:
         split = _one_node(graph, run)
         if not _packed_attention(graph, split):
             gated += _swiglu(graph, split)
+    for name in [n for n, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
     return {"merged linears": merged, "SwiGLU": gated} if merged else {}
 
 
@@ -160,4 +162,20 @@ def _packed_attention(graph: ir.Graph, split: ir.Node) -> bool:
 
 
 def _swiglu(graph: ir.Graph, split: ir.Node) -> int:
-    return 0
+    """One node for silu(gate) · up, if that is all that becomes of two equal parts; how many were made."""
+    import onnx_ir as ir
+
+    gate, up = split.outputs[0], split.outputs[-1]
+    users = [list(part.uses()) for part in (gate, up)]
+    if len(split.outputs) != 2 or [len(u) for u in users] != [1, 1]:
+        return 0
+    silu, product = users[0][0].node, users[1][0].node
+    sizes = ir.convenience.get_const_tensor(split.inputs[1]).numpy().tolist()
+    alpha = silu.attributes.get_float("alpha", 0.0) if silu.op_type == "QuickGelu" else 0.0
+    if sizes[0] != sizes[1] or alpha != 1.0 or product.op_type != "Mul" or silu.outputs[0] not in product.inputs:
+        return 0
+    node = ir.node("SwiGLU", [split.inputs[0]], domain=DOMAIN)
+    graph.insert_before(product, node)
+    product.outputs[0].replace_all_uses_with(node.outputs[0])
+    graph.remove([product, silu, split], safe=True)
+    return 1

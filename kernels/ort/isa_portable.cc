@@ -66,6 +66,6 @@ bool always() { return true; }
 }  // namespace
 
 extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                             nullptr, nullptr, nullptr, nullptr, gptq};
+                             nullptr, nullptr, nullptr, nullptr, gptq, swiglu};
 
 }  // namespace compressor

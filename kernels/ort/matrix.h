@@ -109,6 +109,7 @@ struct Isa {
   // Rows [first, last) of weight, step, codes and errors [N, K], u [K, K]; K <= GPTQ_COLUMNS (isa_gptq.h).
   void (*gptq)(const float* weight, const float* step, const float* u, int64_t first, int64_t last, int64_t columns,
                const GptqGrid&, float* codes, float* errors);
+  void (*swiglu)(const float* x, int64_t half, float* y);  // silu(x[i]) * x[half + i]
 };
 
 const Isa& isa();                     // the best that this processor has
