@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # What an attention function is told that a graph for inference need not know, or that the mask says already.
 IGNORED = {"dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "training"}
@@ -136,6 +139,19 @@ def grouped(model: Any) -> Iterator[None]:
     finally:
         del functions["sdpa"]  # what is left is the library's own
         model.set_attn_implementation(before)
+
+
+def own(graph: ir.Graph) -> None:
+    """Make each attention node one of ours whose body is the stock operator: a kernel library may take it."""
+    import onnx_ir as ir
+
+    from compressor.exporters.onnx_nodes import DOMAIN
+
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            node.domain = DOMAIN
+            node.attributes.setdefault("do_rotary", ir.AttrInt64("do_rotary", 0))
+            node.attributes.setdefault("softcap", ir.AttrFloat32("softcap", 0.0))
 
 
 def emit(

@@ -39,7 +39,7 @@ from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOA
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STOCK_OPS = ("MatMulNBits",)  # of onnxruntime's own that bodies use
+STOCK_OPS = {"MatMulNBits": 1, "GroupQueryAttention": 3}  # their outputs; of onnxruntime's own that bodies use
 HALF_STEPS = np.array([2 * e for e in E2M1_VALUES] + [-2 * e for e in E2M1_VALUES])  # E2M1 in integers, -12 … 12
 
 
@@ -55,7 +55,8 @@ class Body:
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         def add(*inputs: Any, **attributes: Any) -> ir.Value:
             values = [v if v is None or isinstance(v, self.ir.Value) else self.constant(v) for v in inputs]
-            node = self.ir.node(op_type, values, attributes, domain=STOCK_DOMAIN if op_type in STOCK_OPS else "")
+            outputs, domain = STOCK_OPS.get(op_type, 1), STOCK_DOMAIN if op_type in STOCK_OPS else ""
+            node = self.ir.node(op_type, values, attributes, domain=domain, num_outputs=outputs)
             self.nodes.append(node)
             return node.outputs[0]
 
@@ -351,6 +352,13 @@ def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
 
 
+def _attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> Sequence[ir.Value]:
+    result: ir.Value = op.GroupQueryAttention(*v.values(), **a)
+    node = result.producer()
+    assert node is not None
+    return node.outputs
+
+
 BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "FP4Linear": _fp4_linear,
     "IntLinear": _int_linear,
@@ -359,6 +367,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "FP4Embedding": _fp4_embedding,
     "IntEmbedding": _int_embedding,
     "SwiGLU": _swiglu,
+    "GroupQueryAttention": _attention,
 }
 
 
@@ -369,14 +378,16 @@ def body(op_type: str, attributes: Mapping[str, Any], present: set[str]) -> ir.F
     op = Body()
     inputs = [ir.Value(name=name) for name in INPUTS[op_type]]
     given = {str(v.name): v if v.name in present or v.name not in OPTIONAL else None for v in inputs}
-    result = BODIES[op_type](op, given, attributes)
+    made = BODIES[op_type](op, given, attributes)
+    results = [made] if isinstance(made, ir.Value) else list(made)
     for index, value in enumerate(v for node in op.nodes for v in node.outputs):
         value.name = f"v{index}"
-    result.name = "y"
+    for index, value in enumerate(results):
+        value.name = f"y{index or ''}"
     for node in op.nodes:
         node.name = None
     imports = {"": OPSET} | {node.domain: 1 for node in op.nodes if node.domain}
-    graph = ir.Graph(inputs, [result], nodes=op.nodes, opset_imports=imports)
+    graph = ir.Graph(inputs, results, nodes=op.nodes, opset_imports=imports)
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[op_type]]
     return ir.Function(DOMAIN, op_type, overload(op_type, attributes, present), graph=graph, attributes=declared)
 

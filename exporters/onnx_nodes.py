@@ -34,9 +34,23 @@ INPUTS = {
     "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
     "SwiGLU": ("x",),
+    "GroupQueryAttention": (
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "seqlens_k",
+        "total_sequence_length",
+        "cos_cache",
+        "sin_cache",
+        "position_ids",
+        "attention_bias",
+    ),
 }
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
+OPTIONAL |= {"key", "value", "cos_cache", "sin_cache", "position_ids", "attention_bias"}
 SHAPE = ("K", "N")  # attributes that a body hands on: one body serves all shapes
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard", *SHAPE),
@@ -46,6 +60,7 @@ ATTRIBUTES = {
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
     "SwiGLU": (),
+    "GroupQueryAttention": ("num_heads", "kv_num_heads", "do_rotary", "scale", "softcap"),
 }
 FLOAT, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 6, 17, 19  # onnx.TensorProto
 TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]

@@ -43,7 +43,8 @@ struct OrtApi {
   OrtStatus* (*GetDimensions)(const OrtShape*, int64_t*, size_t count);        // 62
   void* unused_63[2];
   OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtShape**);  // 65
-  void* unused_66[20];
+  void* unused_66[19];
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo*, const char* name, float*);                  // 85
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t*);               // 86
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char* name, char*, size_t* size);   // 87
   OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);                                // 88
@@ -69,6 +70,7 @@ SLOT(GetTensorElementType, 60);
 SLOT(GetDimensionsCount, 61);
 SLOT(GetDimensions, 62);
 SLOT(GetTensorTypeAndShape, 65);
+SLOT(KernelInfoGetAttribute_float, 85);
 SLOT(KernelInfoGetAttribute_int64, 86);
 SLOT(KernelInfoGetAttribute_string, 87);
 SLOT(KernelContext_GetInputCount, 88);

@@ -25,7 +25,7 @@ std::vector<int64_t> output_shape(const Op& op, const std::vector<Tensor>& in, i
   return shape;
 }
 
-struct FP4Embedding final : Kernel {
+struct FP4Embedding final : OneOutput {
   bool nvfp4;
 
   explicit FP4Embedding(const Attributes&);
@@ -33,7 +33,7 @@ struct FP4Embedding final : Kernel {
   void run(const std::vector<Tensor>&, float* y, const Threads&) const override;
 };
 
-struct IntEmbedding final : Kernel {
+struct IntEmbedding final : OneOutput {
   int64_t bits, group, columns;
 
   explicit IntEmbedding(const Attributes&);

@@ -24,6 +24,7 @@ struct NamedAttributes final : Attributes {
       if (!std::strcmp(names[i], name)) return values[i];
     throw Error(std::string("attribute ") + name + " is missing.");
   }
+  float number(const char* name) const override { return std::strtof(text(name).c_str(), nullptr); }
   int64_t integer(const char* name) const override { return std::strtoll(text(name).c_str(), nullptr, 10); }
 };
 
@@ -70,9 +71,10 @@ EXPORT int compressor_run(const Kernel* kernel, const CompressorTensor* tensors,
       inputs[size_t(i)] = {t.data, t.type, std::vector<int64_t>(t.shape, t.shape + t.rank)};
     }
     int64_t expected = 1;
-    for (int64_t d : kernel->shape(inputs)) expected *= d;
-    if (expected != elements) throw Error("the output has another size.");
-    kernel->run(inputs, y, OwnThreads(threads));
+    const auto shapes = kernel->shapes(inputs);
+    for (int64_t d : shapes[0]) expected *= d;
+    if (shapes.size() > 1 || expected != elements) throw Error("the output has another size.");
+    kernel->run(inputs, &y, OwnThreads(threads));
   });
 }
 

@@ -4,7 +4,7 @@
 namespace compressor {
 namespace {
 
-struct FloatLinear final : Kernel {
+struct FloatLinear final : OneOutput {
   FloatFormat format;
   int64_t block;
   Rounding rule;

@@ -4,7 +4,7 @@
 namespace compressor {
 namespace {
 
-struct FP4Linear final : Kernel {
+struct FP4Linear final : OneOutput {
   bool nvfp4;
   Rounding rule;
 

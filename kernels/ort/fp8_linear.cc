@@ -4,7 +4,7 @@
 namespace compressor {
 namespace {
 
-struct FP8Linear final : Kernel {
+struct FP8Linear final : OneOutput {
   Rounding rule;
 
   explicit FP8Linear(const Attributes&);

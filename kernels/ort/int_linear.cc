@@ -4,7 +4,7 @@
 namespace compressor {
 namespace {
 
-struct IntLinear final : Kernel {
+struct IntLinear final : OneOutput {
   int64_t bits, group, columns;
   bool packed;
   Rounding rule;

@@ -101,6 +101,7 @@ inline int32_t int_sum(I acc) {
 }
 
 #include "isa_body.h"
+#include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
 
@@ -118,6 +119,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, swiglu};
+                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu};
 
 }  // namespace compressor

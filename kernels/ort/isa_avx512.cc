@@ -76,6 +76,7 @@ inline I int_sum_up(I acc, W w) { return _mm512_dpbusd_epi32(acc, _mm512_set1_ep
 inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
 
 #include "isa_body.h"
+#include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
 
@@ -94,6 +95,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
-                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, swiglu};
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu};
 
 }  // namespace compressor

@@ -58,6 +58,7 @@ inline int32_t int_sum(const I& acc) {
 }
 
 #include "isa_body.h"
+#include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
 
@@ -66,6 +67,6 @@ bool always() { return true; }
 }  // namespace
 
 extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                             nullptr, nullptr, nullptr, nullptr, gptq, swiglu};
+                             nullptr, nullptr, nullptr, nullptr, gptq, attend, swiglu};
 
 }  // namespace compressor

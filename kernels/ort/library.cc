@@ -10,9 +10,11 @@
 
 namespace compressor {
 
-extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU;
+extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU,
+    GROUP_QUERY_ATTENTION;
 const std::vector<const Op*> OPS = {&FP4_LINEAR,   &INT_LINEAR,    &FP8_LINEAR,
-                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING, &SWIGLU};
+                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING, &SWIGLU,
+                                    &GROUP_QUERY_ATTENTION};
 
 namespace {
 
@@ -33,6 +35,11 @@ struct NodeAttributes final : Attributes {
   int64_t integer(const char* name) const override {
     int64_t value = 0;
     check(api, api.KernelInfoGetAttribute_int64(info, name, &value));
+    return value;
+  }
+  float number(const char* name) const override {
+    float value = 0;
+    check(api, api.KernelInfoGetAttribute_float(info, name, &value));
     return value;
   }
   std::string text(const char* name) const override {
@@ -107,12 +114,16 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     check(api, api.KernelContext_GetInputCount(context, &count));
     std::vector<Tensor> inputs(std::max<size_t>(count, MAX_INPUTS));
     for (size_t i = 0; i < count; ++i) inputs[i] = input(api, context, i);
-    const std::vector<int64_t> shape = node.kernel->shape(inputs);
-    OrtValue* output = nullptr;
-    void* y = nullptr;
-    check(api, api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
-    check(api, api.GetTensorMutableData(output, &y));
-    node.kernel->run(inputs, static_cast<float*>(y), RuntimeThreads(api, context));
+    const auto shapes = node.kernel->shapes(inputs);
+    float* outputs[MAX_OUTPUTS] = {};
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      OrtValue* output = nullptr;
+      void* y = nullptr;
+      check(api, api.KernelContext_GetOutput(context, i, shapes[i].data(), shapes[i].size(), &output));
+      check(api, api.GetTensorMutableData(output, &y));
+      outputs[i] = static_cast<float*>(y);
+    }
+    node.kernel->run(inputs, outputs, RuntimeThreads(api, context));
   });
 }
 
@@ -125,7 +136,7 @@ RegisteredOp described(const Op& op) {
   out.GetInputType = [](const OrtCustomOp* self, size_t i) { return op_of(self).inputs[i].type; };
   out.GetInputTypeCount = [](const OrtCustomOp* self) { return op_of(self).inputs.size(); };
   out.GetOutputType = [](const OrtCustomOp*, size_t) -> int32_t { return FLOAT32; };
-  out.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  out.GetOutputTypeCount = [](const OrtCustomOp* self) { return op_of(self).outputs; };
   out.KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
   out.GetInputCharacteristic = [](const OrtCustomOp* self, size_t i) { return op_of(self).inputs[i].presence; };
   out.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int32_t { return REQUIRED; };

@@ -109,6 +109,10 @@ struct Isa {
   // Rows [first, last) of weight, step, codes and errors [N, K], u [K, K]; K <= GPTQ_COLUMNS (isa_gptq.h).
   void (*gptq)(const float* weight, const float* step, const float* u, int64_t first, int64_t last, int64_t columns,
                const GptqGrid&, float* codes, float* errors);
+  // y [D] = softmax(softcap(q . k) + bias) . v for one query [D], already scaled, and keys and values [T, D]; bias [T] or
+  // null, softcap 0 for none, scores [T] are scratch.
+  void (*attend)(const float* q, const float* k, const float* v, int64_t count, int64_t size, const float* bias,
+                 float softcap, float* scores, float* y);
   void (*swiglu)(const float* x, int64_t half, float* y);  // silu(x[i]) * x[half + i]
 };
 

@@ -40,17 +40,29 @@ struct Tensor {
 struct Attributes {
   virtual ~Attributes() = default;
   virtual int64_t integer(const char* name) const = 0;
+  virtual float number(const char* name) const = 0;
   virtual std::string text(const char* name) const = 0;
 };
 
 struct Kernel {
   virtual ~Kernel() = default;
-  // Of the float32 output; checks the inputs. Raises Error.
-  virtual std::vector<int64_t> shape(const std::vector<Tensor>& inputs) const = 0;
-  virtual void run(const std::vector<Tensor>& inputs, float* y, const Threads& threads) const = 0;
+  // Of the float32 outputs; checks the inputs. Raises Error.
+  virtual std::vector<std::vector<int64_t>> shapes(const std::vector<Tensor>& inputs) const = 0;
+  virtual void run(const std::vector<Tensor>& inputs, float* const* outputs, const Threads& threads) const = 0;
 };
 
-constexpr int MAX_INPUTS = 8;  // kernels index up to here: inputs left out at the end are not there
+struct OneOutput : Kernel {
+  virtual std::vector<int64_t> shape(const std::vector<Tensor>& inputs) const = 0;
+  virtual void run(const std::vector<Tensor>& inputs, float* y, const Threads& threads) const = 0;
+
+  std::vector<std::vector<int64_t>> shapes(const std::vector<Tensor>& inputs) const final { return {shape(inputs)}; }
+  void run(const std::vector<Tensor>& inputs, float* const* outputs, const Threads& threads) const final {
+    run(inputs, outputs[0], threads);
+  }
+};
+
+constexpr size_t MAX_OUTPUTS = 3;
+constexpr int MAX_INPUTS = 11;  // kernels index up to here: inputs left out at the end are not there
 
 struct Input {
   const char* name;
@@ -62,6 +74,7 @@ struct Op {
   const char* name;
   std::vector<Input> inputs;
   std::unique_ptr<Kernel> (*create)(const Attributes&);  // raises Error for a value that it does not know
+  size_t outputs = 1;
 };
 extern const std::vector<const Op*> OPS;  // library.cc
 

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t TASK_VALUES = 1 << 14;  // of the output
 
-struct SwiGLU final : Kernel {
+struct SwiGLU final : OneOutput {
   std::vector<int64_t> shape(const std::vector<Tensor>&) const override;
   void run(const std::vector<Tensor>&, float* y, const Threads&) const override;
 };
