@@ -16,6 +16,7 @@ enum : size_t { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, LAST, TOTAL, COS, SIN, 
 
 constexpr int64_t ONE_TASK = 1 << 17;  // multiply-adds that are done before a second thread has begun
 constexpr int64_t TASK_QUERIES = 16;
+constexpr float MASKED = -1e38f;
 
 struct GroupQueryAttention final : Kernel {
   int64_t heads, kv_heads, rotary;
@@ -149,17 +150,22 @@ void GroupQueryAttention::run(const std::vector<Tensor>& in, float* const* y, co
     const int64_t text = row / heads, head = row % heads, cached = text * kv_heads + head / group;
     thread_local std::vector<float> scratch;
     scratch.resize(size_t(size + total));
-    const Tensor& bias = in[BIAS];
+    const Tensor& given = in[BIAS];
     const float* mask = nullptr;
-    if (bias) {
-      const int64_t b = bias.shape[0] == 1 ? 0 : text, h = bias.shape[1] == 1 ? 0 : head;
-      mask = bias.floats() + (b * bias.shape[1] + h) * tokens * total;
+    if (given) {
+      const int64_t b = given.shape[0] == 1 ? 0 : text, h = given.shape[1] == 1 ? 0 : head;
+      mask = given.floats() + (b * given.shape[1] + h) * tokens * total;
     }
     for (int64_t t = start; t < std::min(start + TASK_QUERIES, tokens); ++t) {
       const int64_t token = text * tokens + t;
       turn(token, query + token * width + head * size, scratch.data());
       for (int64_t d = 0; d < size; ++d) scratch[size_t(d)] *= scale;
-      const int64_t seen = mask ? total : past + t + 1;
+      int64_t seen = mask ? total : past + t + 1;
+      if (mask) {  // what is masked behind the last key weighs nothing, unless all is masked and weighs the same
+        const float* bias = mask + t * total;
+        while (seen && bias[seen - 1] <= MASKED) --seen;
+        seen = seen ? seen : total;
+      }
       isa().attend(scratch.data(), y[1] + cached * kept * size, y[2] + cached * kept * size, seen, size,
                    mask ? mask + t * total : nullptr, softcap, scratch.data() + size,
                    y[0] + (token * heads + head) * size);

@@ -106,7 +106,11 @@ inline int32_t int_sum(I acc) {
 #include "isa_integers.h"
 
 // Sums of 16 bits, two in each 32: at most 24 * 128 * 8 each, of which the start takes away what does not fit.
-inline __m256i dot(__m256i acc, __m256i u, __m256i x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, x)); }
+inline __m256i dot(__m256i acc, __m256i u, __m256i x) {
+  acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, x));
+  __asm__("" : "+x"(acc));  // or gcc sums products first, which it has no registers for
+  return acc;
+}
 inline __m256i finish(__m256i acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 inline int32_t start_of(int32_t sum) { return sum & 0xFFFF; }
 

@@ -251,7 +251,7 @@ void fp4_gemm_with(const Matrix& m, int64_t first, int64_t last, const FP4Chunk*
         fp4_block<decltype(M)::value, BLOCKS>(w, from, chunks, count, sums + t * TILE_ROWS, start > 0);
         t += M;
       };
-      while (t + 3 <= tokens) block(std::integral_constant<int, 3>());
+      while (t + 4 <= tokens) block(std::integral_constant<int, 4>());
       while (t < tokens) block(std::integral_constant<int, 1>());
     }
     for (int64_t t = 0; t < tokens; ++t)
