@@ -42,7 +42,7 @@ class OnnxSession:
     ) -> dict[str, np.ndarray]:
         """All outputs by name for ids [B, L] after `past` (a cache that `prefill` returned; empty when None).
 
-        mask: [B, L], 0 where a text is padded, for a prefill; None: nowhere.
+        mask: [B, past + L], 0 where a text is padded; None: nowhere.
         """
         batch, length = ids.shape
         if past is None:
@@ -60,9 +60,11 @@ class OnnxSession:
         values = self.session.run(None, {n: np.ascontiguousarray(v) for n, v in feeds.items() if n in self.inputs})
         return dict(zip(self.outputs, values, strict=True))
 
-    def prefill(self, ids: Tensor, past: dict[str, np.ndarray] | None = None) -> tuple[Tensor, dict[str, np.ndarray]]:
+    def prefill(
+        self, ids: Tensor, past: dict[str, np.ndarray] | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, np.ndarray]]:
         """(logits or hidden states of ids [B, L], the cache to continue with)."""
-        outputs = self.run(ids, past)
+        outputs = self.run(ids, past, mask)
         cache = {n: outputs[n.replace("past_key_values", "present")] for n in self.past_names}
         return torch.from_numpy(outputs[self.outputs[0]]), cache
 

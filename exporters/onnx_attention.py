@@ -1,4 +1,4 @@
-"""Attention and its cache as one node, com.microsoft::GroupQueryAttention, instead of ten.
+"""Attention and its cache as one node of ours, GroupQueryAttention, whose body is com.microsoft's of that name.
 
 How a model attends it asks of transformers' attention interface; while the graph is traced, that interface hands out
 `attend`, and a cache layer that leaves joining past and new keys to the op. So every model that uses the interface is
@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 # What an attention function is told that a graph for inference need not know, or that the mask says already.
 IGNORED = {"dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "training"}
@@ -141,19 +138,6 @@ def grouped(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def own(graph: ir.Graph) -> None:
-    """Make each attention node one of ours whose body is the stock operator: a kernel library may take it."""
-    import onnx_ir as ir
-
-    from compressor.exporters.onnx_nodes import DOMAIN
-
-    for node in graph:
-        if node.op_type == "GroupQueryAttention":
-            node.domain = DOMAIN
-            node.attributes.setdefault("do_rotary", ir.AttrInt64("do_rotary", 0))
-            node.attributes.setdefault("softcap", ir.AttrFloat32("softcap", 0.0))
-
-
 def emit(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, heads: int, scale: float,
     softcap: float,
@@ -162,7 +146,7 @@ def emit(
     import onnx
     from onnxscript import opset21
 
-    from compressor.exporters.onnx_nodes import INT32, STOCK_DOMAIN, emit_node
+    from compressor.exporters.onnx_nodes import INT32, emit_node
 
     op: Any = opset21  # its stubs ask for types that the exporter knows later
     one = onnx.helper.make_tensor("one", INT32, [1], [1])
@@ -170,6 +154,6 @@ def emit(
     last = op.Expand(op.Sub(total, op.Constant(value=one)), op.Shape(mask, start=0, end=1))
     bias = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=LOWEST))
     inputs = (query, key, value, past_key, past_value, last, op.Squeeze(total), None, None, None, bias)
-    attributes = {"num_heads": heads, "kv_num_heads": past_key.shape[1], "scale": scale}
-    attributes |= {"softcap": softcap} if softcap else {}
-    return emit_node("GroupQueryAttention", inputs, attributes, STOCK_DOMAIN, outputs=3)
+    attributes = {"num_heads": heads, "kv_num_heads": past_key.shape[1], "head_size": past_key.shape[3]}
+    attributes |= {"do_rotary": 0, "scale": scale, "softcap": softcap}
+    return emit_node("GroupQueryAttention", inputs, attributes, outputs=3)

@@ -39,7 +39,7 @@ from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOA
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STOCK_OPS = {"MatMulNBits": 1, "GroupQueryAttention": 3}  # their outputs; of onnxruntime's own that bodies use
+STOCK_OPS = {"MatMulNBits", "GroupQueryAttention", "RotaryEmbedding"}  # of onnxruntime's own that bodies use
 HALF_STEPS = np.array([2 * e for e in E2M1_VALUES] + [-2 * e for e in E2M1_VALUES])  # E2M1 in integers, -12 … 12
 
 
@@ -55,12 +55,16 @@ class Body:
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         def add(*inputs: Any, **attributes: Any) -> ir.Value:
             values = [v if v is None or isinstance(v, self.ir.Value) else self.constant(v) for v in inputs]
-            outputs, domain = STOCK_OPS.get(op_type, 1), STOCK_DOMAIN if op_type in STOCK_OPS else ""
-            node = self.ir.node(op_type, values, attributes, domain=domain, num_outputs=outputs)
-            self.nodes.append(node)
-            return node.outputs[0]
+            return self.several(1, op_type, *values, **attributes)[0]
 
         return add
+
+    def several(self, outputs: int, op_type: str, *values: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+        """All outputs of a node."""
+        domain = STOCK_DOMAIN if op_type in STOCK_OPS else ""
+        node = self.ir.node(op_type, values, attributes, domain=domain, num_outputs=outputs)
+        self.nodes.append(node)
+        return node.outputs
 
     def attribute(self, name: str) -> ir.Attr:
         """The function's own integer attribute, handed on under its name."""
@@ -353,10 +357,19 @@ def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
 
 
 def _attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> Sequence[ir.Value]:
-    result: ir.Value = op.GroupQueryAttention(*v.values(), **a)
-    node = result.producer()
-    assert node is not None
-    return node.outputs
+    """The stock operator between stock rotations: its own take the rows of a batch's first prompt for those of every text."""
+    query, key, value, cos, sin, rows = (
+        v[name] for name in ("query", "key", "value", "cos_cache", "sin_cache", "position_ids")
+    )
+    if key is None:
+        sizes = [a["num_heads"] * a["head_size"], *[a["kv_num_heads"] * a["head_size"]] * 2]
+        query, key, value = op.several(3, "Split", query, op.constant(sizes), axis=-1)
+    if a["do_rotary"]:
+        query, key = (op.RotaryEmbedding(x, rows, cos, sin) for x in (query, key))
+    lengths, bias = (v["seqlens_k"], v["total_sequence_length"]), v["attention_bias"]
+    kept = {name: a[name] for name in ("num_heads", "kv_num_heads", "scale", "softcap")}
+    inputs = (query, key, value, v["past_key"], v["past_value"], *lengths, None, None, None, bias)
+    return op.several(3, "GroupQueryAttention", *inputs, **kept)
 
 
 BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] = {

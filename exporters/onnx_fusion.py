@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
+OTHERS = ("Simplified", "GroupQueryAttention")  # what is counted beside the nodes of onnxruntime's own domain
 SWAP = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 
@@ -37,7 +38,7 @@ def capture(model: nn.Module, kind: str) -> tuple[ir.Model, dict[str, Any]]:
             report["attention"] = f"portable: {error}"
     if graph is None:
         graph = onnx_capture.capture(model, kind, change=fuse)
-    kinds = Counter(n.op_type for n in graph.graph if n.domain == STOCK_DOMAIN or n.op_type.startswith("Simplified"))
+    kinds = Counter(n.op_type for n in graph.graph if n.domain == STOCK_DOMAIN or n.op_type.startswith(OTHERS))
     return graph, {**report, **{name: kinds[name] for name in sorted(kinds) if name != "MatMulNBits"}}
 
 
@@ -162,7 +163,6 @@ class _Attention:
         self.graph = graph
         self.tables: dict[ir.Value, ir.Value] = {}  # cos or sin [B, S, D] -> [B * S, D / 2]
         self.positions: dict[ir.Value, ir.Value] = {}  # the same -> [B, S], the rows of that table
-        self.long: dict[ir.Value, ir.Value] = {}  # a table -> the same with as many rows more as there are positions
 
     def fuse(self) -> None:
         for node in [n for n in self.graph if n.op_type == "GroupQueryAttention"]:
@@ -207,26 +207,16 @@ class _Attention:
         return self.add("RotaryEmbedding", inputs, value, STOCK_DOMAIN)
 
     def turn_inside(self, attention: ir.Node) -> None:
-        """Let the attention turn queries and keys itself where both are turned by the same angles.
-
-        It insists on a row for every position up to the last; the rows in use are still those of `positions`.
-        """
+        """Let the attention turn queries and keys itself where both are turned by the same angles."""
         import onnx_ir as ir
 
         query, key = (_made(attention.inputs[i], "RotaryEmbedding") for i in (0, 1))
-        size = _dims(_input(attention, 3))[-1]
-        if not query or not key or query.inputs[1:] != key.inputs[1:] or size % 16:
+        if not query or not key or query.inputs[1:] != key.inputs[1:]:
             return
         for index, node in enumerate((query, key)):
             attention.replace_input_with(index, _input(node))
-        positions, *tables = (_input(query, i) for i in (1, 2, 3))
-        for index, table in enumerate(tables, 7):
-            if table not in self.long:
-                total = self.add("Reshape", [self.add("Cast", [_input(attention, 6)], to=ir.DataType.INT64), self.ints(1)])
-                zeros = self.add("ConstantOfShape", [self.add("Concat", [total, self.ints(size // 2)], axis=0)])
-                self.long[table] = self.add("Concat", [table, zeros], axis=0)
-            attention.replace_input_with(index, self.long[table])
-        attention.replace_input_with(9, positions)
+        for index, source in enumerate((2, 3, 1), 7):  # cosines, sines, positions
+            attention.replace_input_with(index, _input(query, source))
         attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
 
     def unswapped(self, x: ir.Value, like: ir.Value) -> ir.Value:
@@ -272,7 +262,7 @@ class _Attention:
             if (half := self.half(angles)) is None:
                 return False
             self.tables[angles] = self.add("Reshape", [half, self.ints(-1, dims[3] // 2)])
-            tokens = self.add("Shape", [angles], start=0, end=2)
+            tokens = self.add("Shape", [half], start=0, end=2)
             zero, one = (self.add("Constant", [], value_int=n) for n in (0, 1))
             rows = self.add("Range", [zero, self.add("ReduceProd", [tokens], keepdims=0), one])
             self.positions[angles] = self.add("Reshape", [rows, tokens])

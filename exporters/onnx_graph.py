@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from compressor.errors import OutputError
 from compressor.exporters import (
     genai_config,
-    onnx_attention,
     onnx_capture,
     onnx_functions,
     onnx_fusion,
@@ -60,7 +59,6 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     onnx_weights.bind(graph, weights, artifact.tied, state)
     if artifact.recipe.graph == "ort":
         artifact.record["graph"] |= onnx_sites.merge(graph, weights)
-        onnx_attention.own(graph.graph)
     onnx_functions.attach_bodies(graph)
     graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION
     path = folder / GRAPH

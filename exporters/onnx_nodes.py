@@ -60,7 +60,7 @@ ATTRIBUTES = {
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
     "SwiGLU": (),
-    "GroupQueryAttention": ("num_heads", "kv_num_heads", "do_rotary", "scale", "softcap"),
+    "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }
 FLOAT, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 6, 17, 19  # onnx.TensorProto
 TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]

@@ -26,14 +26,15 @@ LINEARS["MatMulNBits"] = ("x", "weight", "weight_scale", "zero_points", "g_idx",
 
 def merge(model: ir.Model, weights: Path) -> dict[str, int]:
     """Merge in place, after every weight points into the file `weights`; how many linears share a node, and SwiGLUs."""
+    from onnx_ir.passes import common
+
     graph, merged, gated = model.graph, 0, 0
     for run in list(_runs(graph, weights)):
         merged += len(run)
         split = _one_node(graph, run)
         if not _packed_attention(graph, split):
             gated += _swiglu(graph, split)
-    for name in [n for n, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
+    common.RemoveUnusedNodesPass()(model)
     return {"merged linears": merged, "SwiGLU": gated} if merged else {}
 
 

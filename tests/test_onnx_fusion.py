@@ -15,7 +15,9 @@ from torch import Tensor
 
 from compressor import Recipe, compress
 from compressor.artifact import Artifact
+from compressor.errors import CompressorError
 from compressor.exporters import onnx_attention, onnx_graph, safetensors_file
+from compressor.kernels import native, swiglu
 from compressor.model import as_loaded, embedding_name, head_name, is_tied
 from compressor.runtimes import OnnxSession, read_graph
 from compressor.verify import FAILED, Check
@@ -121,7 +123,7 @@ def test_verification_passes_and_the_manifest_says_what_was_fused(written: Path,
     assert json.loads((written / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
     kinds = [n.op_type for n in read_graph(written).graph.node]
     first, second = (i for i, kind in enumerate(kinds) if kind == "GroupQueryAttention")
-    assert second - first == 14
+    assert second - first == 8
     genai = ["onnxruntime-genai"] if importlib.util.find_spec("onnxruntime_genai") else []
     rows = checks(written, tmp_path, ["torch", "onnxruntime", *genai])
     assert not [r for r in rows if r.status == FAILED], rows
@@ -140,8 +142,8 @@ def test_verification_finds_what_is_wired_wrong(written: Path, tmp_path: Path) -
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
     rows = checks(folder, tmp_path, ["torch", "onnxruntime"])
     assert {r.check for r in rows if r.status == FAILED} == {"batch of two lengths without activation rounding"}
-    turn = next(n for n in graph.graph.node if n.op_type == "RotaryEmbedding")
-    turn.input[2], turn.input[3] = turn.input[3], turn.input[2]
+    turn = next(n for n in graph.graph.node if n.op_type == "GroupQueryAttention")
+    turn.input[7], turn.input[8] = turn.input[8], turn.input[7]
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
     rows = checks(folder, tmp_path, ["onnxruntime"])
     assert "prefill without activation rounding" in {r.check for r in rows if r.status == FAILED}
@@ -163,3 +165,117 @@ def test_optimum_generates_a_batch_padded_on_the_left(tiny: Any, tiny_tokenizer:
     expected = source.generate(ids, **options)
     assert torch.equal(model.generate(ids, **options), expected)
     assert len(set(expected[1, 9:].tolist())) > 3
+
+
+def attention_model(packed: bool, rotary: bool, softcap: float, size: int) -> Any:
+    """One node of ours as a model: heads 6, kv heads 2."""
+    import onnx_ir as ir
+
+    from compressor.exporters import onnx_functions, onnx_nodes
+
+    kinds = {"seqlens_k": ir.DataType.INT32, "total_sequence_length": ir.DataType.INT32, "position_ids": ir.DataType.INT64}
+    left_out = {"key", "value"} if packed else set()
+    left_out |= set() if rotary else {"cos_cache", "sin_cache", "position_ids"}
+    values = [
+        None if name in left_out else ir.Value(name=name, type=ir.TensorType(kinds.get(name, ir.DataType.FLOAT)))
+        for name in onnx_nodes.INPUTS["GroupQueryAttention"]
+    ]
+    attributes = {"num_heads": 6, "kv_num_heads": 2, "head_size": size, "do_rotary": int(rotary), "scale": size**-0.5, "softcap": softcap}
+    node = ir.node("GroupQueryAttention", values, attributes, domain=onnx_nodes.DOMAIN, num_outputs=3)
+    for index, value in enumerate(node.outputs):
+        value.name, value.type = f"y{index}", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": onnx_nodes.OPSET, onnx_nodes.DOMAIN: onnx_nodes.VERSION}
+    graph = ir.Graph([v for v in values if v], node.outputs, nodes=[node], opset_imports=opsets, name="attention")
+    model = ir.Model(graph, ir_version=10)
+    onnx_functions.attach_bodies(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+@pytest.fixture
+def kernels() -> None:
+    try:
+        native.library()
+    except CompressorError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize(("packed", "rotary", "softcap", "size"), [(True, True, 0.0, 64), (False, True, 0.0, 48),
+                                                                   (False, False, 30.0, 40), (True, False, 0.0, 80)])  # fmt: skip
+def test_the_attention_kernel_computes_what_its_body_computes(
+    kernels: None, isa: str, packed: bool, rotary: bool, softcap: float, size: int
+) -> None:
+    """And what torch computes; where the body refuses a batch with several new tokens behind a past, torch alone."""
+    import onnxruntime
+
+    best = native.isa()
+    if not native.use_isa(isa):
+        pytest.skip(f"this processor has no {isa}")
+    model, torch_generator = attention_model(packed, rotary, softcap, size), torch.Generator().manual_seed(0)
+    options = onnxruntime.SessionOptions()
+    native.register_ops(options)
+    session = onnxruntime.InferenceSession(model, options)
+    body = onnxruntime.InferenceSession(model)
+    for batch, tokens, past in [(1, 1, 0), (1, 1, 200), (2, 1, 33), (1, 129, 0), (1, 7, 31), (3, 17, 0), (2, 5, 6)]:
+        total = past + tokens
+        random = [torch.randn(batch, tokens, n * size, generator=torch_generator) for n in (6, 2, 2)]
+        held = [torch.randn(batch, 2, past, size, generator=torch_generator) for _ in range(2)]
+        mask = (torch.arange(total) <= torch.arange(past, total)[:, None]).expand(batch, 1, tokens, total).clone()
+        mask[0, :, :, : total // 3] = False  # padded on the left: some rows see nothing at all
+        bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        angles = torch.rand(batch * tokens, size // 2, generator=torch_generator) * 6
+        positions = torch.arange(batch * tokens).reshape(batch, tokens)
+        q, k, v = random
+        if rotary:
+            q, k = (turned(x, angles, size) for x in (q, k))
+        expected = onnx_attention.grouped_attention(q, k, v, *held, mask, 6, size**-0.5, softcap)
+        feeds = {
+            "query": torch.cat(random, -1) if packed else random[0],
+            "past_key": held[0],
+            "past_value": held[1],
+            "seqlens_k": torch.full((batch,), total - 1, dtype=torch.int32),
+            "total_sequence_length": torch.tensor(total, dtype=torch.int32),
+            "attention_bias": bias,
+        }
+        feeds |= {} if packed else {"key": random[1], "value": random[2]}
+        feeds |= {"cos_cache": angles.cos(), "sin_cache": angles.sin(), "position_ids": positions} if rotary else {}
+        given = {name: tensor.numpy() for name, tensor in feeds.items()}
+        found = session.run(None, given)
+        for a, b in zip(found, expected, strict=True):
+            assert relative(torch.from_numpy(a), b) < 2e-6
+        if batch == 1 or not past:
+            stock = body.run(None, given)
+            seen = mask.any(-1)[:, 0]  # rows of padding have no meaning: the stock operator gives zeros
+            assert relative(torch.from_numpy(found[0])[seen], torch.from_numpy(stock[0])[seen]) < 2e-6
+            for a, b in zip(found[1:], stock[1:], strict=True):
+                assert relative(torch.from_numpy(a), torch.from_numpy(b)) < 2e-6
+    assert native.use_isa(best)
+
+
+def turned(x: Tensor, angles: Tensor, size: int) -> Tensor:
+    """x [B, S, heads * D] with every head turned by the angles [B * S, D / 2]."""
+    a, b = x.unflatten(-1, (-1, size)).chunk(2, -1)
+    cos, sin = (f(angles).reshape(*x.shape[:2], 1, -1) for f in (torch.cos, torch.sin))
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).flatten(2)
+
+
+def test_swiglu_computes_what_its_reference_computes(kernels: None) -> None:
+    best = native.isa()
+    for isa in filter(native.use_isa, ("portable", "avx2", "avx512vnni")):
+        for shape in [(1, 2), (1, 62), (33, 254), (3, 40, 1026), (0, 8), (200, 3072)]:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 8
+            assert torch.allclose(swiglu.swiglu(x), swiglu.reference(x), rtol=1e-6, atol=1e-30), (isa, shape)
+    assert native.use_isa(best)
+
+
+def test_linears_of_one_input_share_a_node_and_the_bytes_of_the_file(written: Path) -> None:
+    """Their order in the file is that of the rows, so that no byte is stored twice; nodes say whose rows they compute."""
+    graph, entries = read_graph(written), safetensors_file.header(written / "model.safetensors")
+    names = [n.name for n in graph.graph.node if "+" in n.name]
+    parts = ["model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"]
+    assert [parts_of.split("+") for parts_of in names if "q_proj" in parts_of] == [[p.format(i) for p in parts] for i in (0, 1)]
+    initializers = {t.name: {e.key: e.value for e in t.external_data} for t in graph.graph.initializer}
+    whole = initializers["+".join(f"{p.format(0)}.weight_packed" for p in parts)]
+    dtype, shape, offset, _ = entries[f"{parts[0].format(0)}.weight_packed"]
+    assert int(whole["offset"]) == offset
+    assert int(whole["length"]) == sum(entries[f"{p.format(0)}.weight_packed"][3] for p in parts)

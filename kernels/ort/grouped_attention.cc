@@ -1,8 +1,8 @@
-// GroupQueryAttention: com.microsoft's operator of that name, which is this node's body, for float32 and an additive mask
-// over all keys. What it does not read: the lengths of rows (`seqlens_k`), which the mask says already.
+// GroupQueryAttention: com.microsoft's operator of that name behind its RotaryEmbedding, which are this node's body, for
+// float32 and an additive mask over all keys. Not read: the lengths of rows (`seqlens_k`), which the mask says already.
 //
-// A node of this kind, and not the stock one, because onnxruntime's multiplies one token with its keys as a matrix product
-// whose second factor it packs each time.
+// A node of ours, and not the stock one, because onnxruntime's multiplies one token with its keys as a matrix product
+// whose second factor it packs each time. The reference in torch: exporters/onnx_attention.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
