@@ -72,7 +72,9 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "nvfp4a16-small": ("nvfp4a16-small", [], "nvfp4a16"),
     "w4a8-cpu": ("w4a8-cpu", [], "nvfp4a16-small"),
     "w4a8-cpu without smooth": (
-        "nvfp4a16-small", ["runtime=compressor", "quantize.activations=int8", "head_activations=int8"], "w4a8-cpu"
+        "nvfp4a16-small",
+        ["runtime=compressor", "quantize.activations=int8_block", "head_activations=int8_block"],
+        "w4a8-cpu",
     ),
     "w4a16": ("w4a16", [], None),
     "mxfp4": ("mxfp4", [], None),

@@ -171,7 +171,9 @@ def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") ->
         rows.append(_tokens(name, f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist()))
         pair, mask = padded_pair(ids)
         first, past = smooth.prefill(pair[:, :-1], mask=mask[:, :-1])
-        both = torch.cat((first, smooth.prefill(pair[:, -1:], past, mask)[0]), 1)  # the last token as a step of decoding
+        both = torch.cat(
+            (first, smooth.prefill(pair[:, -1:], past, mask)[0]), 1
+        )  # the last token as a step of decoding
         found = relative(both[mask.bool()].numpy(), reference["batch"][mask.bool()])
         rows.append(_within(name, f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
     return rows

@@ -84,7 +84,7 @@ def _flat(op: Body, values: ir.Value) -> ir.Value:
     return op.Reshape(values, [0, -1])
 
 
-def _lookup(op: Body, packed: ir.Value, values: Sequence[float], dtype: type = np.float32) -> ir.Value:
+def _lookup(op: Body, packed: ir.Value, values: Sequence[float] | np.ndarray, dtype: type = np.float32) -> ir.Value:
     """uint8 [..., B] -> `dtype` [..., B, elements of a byte], for the values of all codes; low bits first.
 
     One table of 256 bytes instead of shifts and masks: a runtime that folds the body at load time makes one pass.
@@ -248,7 +248,8 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
 def _fp4_times_int8(op: Body, x: ir.Value, v: Mapping[str, Any], step: ir.Value, a: Mapping[str, Any]) -> ir.Value:
     """MatMulNBits, whose accuracy level 4 rounds inputs as `int8_block` does, of bytes that are half steps above -12.
 
-    One byte a weight is held, and read for a token, instead of four; small offsets keep sums of two products in 16 bits.
+    One byte a weight is held, and read for a token, instead of four; the offset is small, so that two products
+    fit into 16 bits.
     """
     size = a["block_size"]
     codes = op.Reshape(_lookup(op, v["weight_packed"], HALF_STEPS + 12, np.uint8), [0, -1, size])
@@ -357,7 +358,7 @@ def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
 
 
 def _attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> Sequence[ir.Value]:
-    """The stock operator between stock rotations: its own take the rows of a batch's first prompt for those of every text."""
+    """The stock operator behind stock rotations: its own would turn all texts of a batch by the angles of the first."""
     query, key, value, cos, sin, rows = (
         v[name] for name in ("query", "key", "value", "cos_cache", "sin_cache", "position_ids")
     )

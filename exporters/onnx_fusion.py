@@ -6,7 +6,8 @@
     QuickGelu                        x · sigmoid(x)
     FusedMatMul                      a product with a transposed matrix, which need not be held twice
 
-Everything is found by what nodes compute, never by names; what is not found stays as it is. Linears with one input: onnx_sites.py.
+Everything is found by what nodes compute, never by names; what is not found stays as it is. What linears of one
+input share is onnx_sites.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
 here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion and onnx_sites (for
-`graph: ort`), onnx_nodes and onnx_functions (compressed modules and what they compute), onnx_weights (initializers). Below: two views of a
-written graph for verification.
+`graph: ort`), onnx_nodes and onnx_functions (compressed modules and what they compute), onnx_weights (initializers).
+Below: two views of a written graph for verification.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 
 
 def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> dict[str, tuple[str, str, slice]]:
-    """Module name -> (name of its input value, name of its output value, its part of the last axis), for all of `packed`.
+    """Module name -> (name of its input, name of its output, its part of the output's last axis), for all of `packed`.
 
     The values are the module's, not the node's: before padding, after an embedding's multiplier.
     """

@@ -8,10 +8,11 @@ Behind it a Split hands out the parts, unless attention takes them packed or Swi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressor.exporters.onnx_nodes import DOMAIN, INPUTS, STOCK_DOMAIN
 
@@ -24,16 +25,28 @@ LINEARS = {name: inputs for name, inputs in INPUTS.items() if name.endswith("Lin
 LINEARS["MatMulNBits"] = ("x", "weight", "weight_scale", "zero_points", "g_idx", "bias")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A range of the weight file and what it holds."""
+
+    name: str
+    location: str
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
 def merge(model: ir.Model, weights: Path) -> dict[str, int]:
     """Merge in place, after every weight points into the file `weights`; how many linears share a node, and SwiGLUs."""
     from onnx_ir.passes import common
 
-    graph, merged, gated = model.graph, 0, 0
-    for run in list(_runs(graph, weights)):
+    merged, gated = 0, 0
+    for run in list(_runs(model.graph, weights)):
         merged += len(run)
-        split = _one_node(graph, run)
-        if not _packed_attention(graph, split):
-            gated += _swiglu(graph, split)
+        split = _one_node(model.graph, run)
+        if not _packed_attention(model.graph, split):
+            gated += _swiglu(model.graph, split)
     common.RemoveUnusedNodesPass()(model)
     return {"merged linears": merged, "SwiGLU": gated} if merged else {}
 
@@ -45,16 +58,16 @@ def modules_of(node_name: str) -> list[str]:
 
 def _runs(graph: ir.Graph, weights: Path) -> Iterator[list[ir.Node]]:
     """Linears of one input and one kind whose tensors follow one another in the file, in that order."""
-    groups: dict[Any, list[ir.Node]] = {}
+    groups: dict[Any, list[tuple[int, ir.Node]]] = {}
     for node in graph:
         if node.op_type in LINEARS and node.domain in (DOMAIN, STOCK_DOMAIN) and node.name:
             alike = [(name, a.value) for name, a in sorted(node.attributes.items()) if name != "N"]
-            groups.setdefault((node.inputs[0], node.op_type, str(alike)), []).append(node)
-    for nodes in groups.values():
-        stored = [n for n in nodes if _stored(n.inputs[1]) is not None]
-        stored.sort(key=lambda n: _stored(n.inputs[1]).offset)
-        run = stored[:1]
-        for before, node in pairwise(stored):
+            if weight := _stored(node.inputs[1]):
+                groups.setdefault((node.inputs[0], node.op_type, str(alike)), []).append((weight.offset, node))
+    for found in groups.values():
+        nodes = [node for _, node in sorted(found, key=lambda place: place[0])]
+        run = nodes[:1]
+        for before, node in pairwise(nodes):
             if not _follows(before, node, weights):
                 yield from [run] if len(run) > 1 else []
                 run = []
@@ -62,29 +75,30 @@ def _runs(graph: ir.Graph, weights: Path) -> Iterator[list[ir.Node]]:
         yield from [run] if len(run) > 1 else []
 
 
-def _stored(value: ir.Value | None) -> ir.ExternalTensor | None:
+def _stored(value: ir.Value | None) -> Stored | None:
     """The bytes of the file that a value is, in the file's dtype or behind one Cast."""
     import onnx_ir as ir
 
     if value is None:
         return None
-    node = value.producer()
-    if node is not None:
+    if node := value.producer():
         return _stored(node.inputs[0]) if node.op_type == "Cast" else None
-    return value.const_value if isinstance(value.const_value, ir.ExternalTensor) else None
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        return None
+    shape = tuple(cast(int, d) for d in tensor.shape)
+    return Stored(str(tensor.name), str(tensor.location), tensor.offset or 0, tensor.nbytes, tensor.dtype, shape)
 
 
 def _follows(before: ir.Node, node: ir.Node, weights: Path) -> bool:
-    names = LINEARS[node.op_type]
+    """Whether the rows of `node` lie right behind those of `before`, and what is not of a row is the same."""
     if len(before.inputs) != len(node.inputs):
         return False
-    for name, a, b in list(zip(names, before.inputs, node.inputs, strict=False))[1:]:
-        first, second = _stored(a), _stored(b)
-        if a is b and name not in ROWS:
+    for name, a, b in list(zip(LINEARS[node.op_type], before.inputs, node.inputs, strict=False))[1:]:
+        if a is b and (a is None or name not in ROWS):
             continue
-        if first is None or second is None:
-            return a is None and b is None
-        if first.dtype != second.dtype or tuple(first.shape)[1:] != tuple(second.shape)[1:]:
+        first, second = _stored(a), _stored(b)
+        if first is None or second is None or first.dtype != second.dtype or first.shape[1:] != second.shape[1:]:
             return False
         if name in ROWS and first.offset + first.length != second.offset:
             return False
@@ -93,10 +107,10 @@ def _follows(before: ir.Node, node: ir.Node, weights: Path) -> bool:
     return True
 
 
-def _bytes(tensor: ir.ExternalTensor, weights: Path) -> bytes:
+def _bytes(stored: Stored, weights: Path) -> bytes:
     with weights.open("rb") as file:
-        file.seek(tensor.offset or 0)
-        return file.read(tensor.length or 0)
+        file.seek(stored.offset)
+        return file.read(stored.length)
 
 
 def _one_node(graph: ir.Graph, run: list[ir.Node]) -> ir.Node:
@@ -104,7 +118,7 @@ def _one_node(graph: ir.Graph, run: list[ir.Node]) -> ir.Node:
     import onnx_ir as ir
 
     first = run[0]
-    rows = [int(_stored(n.inputs[1]).shape[0]) for n in run]
+    rows = [weight.shape[0] for n in run if (weight := _stored(n.inputs[1]))]
     inputs = [
         _joined(graph, [n.inputs[i] for n in run]) if name in ROWS else first.inputs[i]
         for i, name in zip(range(len(first.inputs)), LINEARS[first.op_type], strict=False)
@@ -116,48 +130,45 @@ def _one_node(graph: ir.Graph, run: list[ir.Node]) -> ir.Node:
     linear = ir.node(first.op_type, inputs, attributes, domain=first.domain, name=name)
     sizes = ir.node("Constant", [], {"value_ints": rows})
     split = ir.node("Split", [linear.outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(run))
-    earliest = next(n for n in graph if n in run)
-    graph.insert_before(earliest, [linear, sizes, split])
+    graph.insert_before(next(n for n in graph if n in run), [linear, sizes, split])
     for node, part in zip(run, split.outputs, strict=True):
         node.outputs[0].replace_all_uses_with(part)
         graph.remove(node, safe=True)
     return split
 
 
-def _joined(graph: ir.Graph, values: list[ir.Value | None]) -> ir.Value | None:
+def _joined(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value | None:
     """One initializer over the ranges of all, and behind the Cast that they have."""
     import onnx_ir as ir
 
-    parts = [_stored(v) for v in values]
-    if parts[0] is None:
+    parts = [part for part in map(_stored, values) if part]
+    if not parts:
         return None
-    name = JOIN.join(str(p.name) for p in parts)
+    name, first = JOIN.join(part.name for part in parts), parts[0]
     if name not in graph.initializers:
-        shape = ir.Shape([sum(int(p.shape[0]) for p in parts), *tuple(parts[0].shape)[1:]])
-        length = sum(p.length for p in parts)
-        tensor = ir.ExternalTensor(parts[0].location, parts[0].offset, length, parts[0].dtype, shape=shape, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        graph.register_initializer(value)
+        shape = ir.Shape([sum(part.shape[0] for part in parts), *first.shape[1:]])
+        length = sum(part.length for part in parts)
+        tensor = ir.ExternalTensor(first.location, first.offset, length, first.dtype, shape=shape, name=name)
+        kind = ir.TensorType(first.dtype)
+        graph.register_initializer(ir.Value(name=name, type=kind, shape=shape, const_value=tensor))
     whole = graph.initializers[name]
-    cast = values[0].producer()
-    if cast is None:
+    if values[0] is None or (made := values[0].producer()) is None:
         return whole
-    again = ir.node("Cast", [whole], {"to": cast.attributes["to"].value})
+    again = ir.node("Cast", [whole], {"to": made.attributes["to"].value})
     graph.insert_before(graph[0], again)
     return again.outputs[0]
 
 
 def _packed_attention(graph: ir.Graph, split: ir.Node) -> bool:
     """Give all parts at once to the attention that takes them as queries, keys and values, if that is who does."""
-    users = [part.uses() for part in split.outputs]
-    if len(users) != 3 or any(len(u) != 1 for u in users):
+    users = [list(part.uses()) for part in split.outputs]
+    if [len(u) for u in users] != [1, 1, 1]:
         return False
-    (attention, _), *_ = [next(iter(u)) for u in users]
+    attention = users[0][0].node
     if attention.op_type != "GroupQueryAttention" or list(attention.inputs[:3]) != list(split.outputs):
         return False
-    attention.replace_input_with(0, split.inputs[0])
-    for index in (1, 2):
-        attention.replace_input_with(index, None)
+    for index, value in enumerate((split.inputs[0], None, None)):
+        attention.replace_input_with(index, value)
     graph.remove(split, safe=True)
     return True
 
@@ -166,14 +177,19 @@ def _swiglu(graph: ir.Graph, split: ir.Node) -> int:
     """One node for silu(gate) · up, if that is all that becomes of two equal parts; how many were made."""
     import onnx_ir as ir
 
-    gate, up = split.outputs[0], split.outputs[-1]
-    users = [list(part.uses()) for part in (gate, up)]
-    if len(split.outputs) != 2 or [len(u) for u in users] != [1, 1]:
+    users = [list(part.uses()) for part in split.outputs]
+    if [len(u) for u in users] != [1, 1]:
         return 0
-    silu, product = users[0][0].node, users[1][0].node
-    sizes = ir.convenience.get_const_tensor(split.inputs[1]).numpy().tolist()
+    (silu, _), (product, _) = users[0][0], users[1][0]
+    sizes = ir.convenience.get_const_tensor(split.inputs[1]) if split.inputs[1] else None
     alpha = silu.attributes.get_float("alpha", 0.0) if silu.op_type == "QuickGelu" else 0.0
-    if sizes[0] != sizes[1] or alpha != 1.0 or product.op_type != "Mul" or silu.outputs[0] not in product.inputs:
+    if (
+        sizes is None
+        or len(set(sizes.numpy().tolist())) != 1
+        or alpha != 1.0
+        or product.op_type != "Mul"
+        or silu.outputs[0] not in product.inputs
+    ):
         return 0
     node = ir.node("SwiGLU", [split.inputs[0]], domain=DOMAIN)
     graph.insert_before(product, node)

@@ -1,10 +1,10 @@
 """Quantization of activations, written as quantize-then-dequantize in float32.
 
 What every fused kernel and every ONNX body must reproduce for the same input. Each rule equals what the
-compressed-tensors runtimes compute, except what only our own ops offer: `four_over_six`, by which a block may
-scale its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over
-Six", 2025), `int8_block`, which is what onnxruntime's MatMulNBits does to its inputs, an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the
-model runs.
+compressed-tensors runtimes compute, except what only our own ops offer: `four_over_six`, by which a block may scale
+its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over Six", 2025),
+`int8_block`, which is what onnxruntime's MatMulNBits does to its inputs, an offset, and a rotation. The `_static` rules
+take one stored scale, all others find theirs when the model runs.
 All functions take x [..., K] of any float dtype and return float32 of the same shape.
 """
 
@@ -100,7 +100,7 @@ def _error(found: Tensor, blocks: Tensor) -> Tensor:
     """Squared error of each block [..., 16] -> [..., 1]. Halves are added until one is left: which order is part of the
     contract, because the two errors that are compared may differ by their last bit."""
     errors = (found - blocks).square()
-    while (half := errors.shape[-1] // 2):
+    while half := errors.shape[-1] // 2:
         errors = errors[..., :half] + errors[..., half:]
     return errors
 
@@ -128,7 +128,7 @@ def int_per_token(x: Tensor, bits: int) -> Tensor:
 
 
 def int8_blocks(x: Tensor, block: int) -> Tensor:
-    """One scale for each `block` values along K: amax / 127, codes in [-127, 127], found by multiplying with 127 / amax.
+    """One scale for each `block` values along K: amax / 127. Codes, in [-127, 127], are x times 127 / amax, rounded.
 
     With the bits of MatMulNBits at accuracy level 4, so that a stock onnxruntime can multiply what was measured.
     """

@@ -48,7 +48,7 @@ def reference(
     hadamard: int = 0,
 ) -> Tensor:
     weight = dequantize(weight_packed, weight_scale, weight_global_scale)
-    block = codec.FORMATS[format].block
+    block = codec.FORMATS[format].block or 0
     quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard, block=block)
     return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 

@@ -83,7 +83,9 @@ def same_bits(found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Te
 
 
 def close(
-    found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], zero: float = torch.finfo(torch.float32).tiny
+    found: Callable[[Tensor], Tensor],
+    expected: Callable[[Tensor], Tensor],
+    zero: float = torch.finfo(torch.float32).tiny,
 ) -> None:
     """Token by token, so that large ones do not hide small ones; inputs up to `zero` need not count."""
     for x in activations():

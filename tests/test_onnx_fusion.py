@@ -173,14 +173,25 @@ def attention_model(packed: bool, rotary: bool, softcap: float, size: int) -> An
 
     from compressor.exporters import onnx_functions, onnx_nodes
 
-    kinds = {"seqlens_k": ir.DataType.INT32, "total_sequence_length": ir.DataType.INT32, "position_ids": ir.DataType.INT64}
+    kinds = {
+        "seqlens_k": ir.DataType.INT32,
+        "total_sequence_length": ir.DataType.INT32,
+        "position_ids": ir.DataType.INT64,
+    }
     left_out = {"key", "value"} if packed else set()
     left_out |= set() if rotary else {"cos_cache", "sin_cache", "position_ids"}
     values = [
         None if name in left_out else ir.Value(name=name, type=ir.TensorType(kinds.get(name, ir.DataType.FLOAT)))
         for name in onnx_nodes.INPUTS["GroupQueryAttention"]
     ]
-    attributes = {"num_heads": 6, "kv_num_heads": 2, "head_size": size, "do_rotary": int(rotary), "scale": size**-0.5, "softcap": softcap}
+    attributes = {
+        "num_heads": 6,
+        "kv_num_heads": 2,
+        "head_size": size,
+        "do_rotary": int(rotary),
+        "scale": size**-0.5,
+        "softcap": softcap,
+    }
     node = ir.node("GroupQueryAttention", values, attributes, domain=onnx_nodes.DOMAIN, num_outputs=3)
     for index, value in enumerate(node.outputs):
         value.name, value.type = f"y{index}", ir.TensorType(ir.DataType.FLOAT)
@@ -200,8 +211,10 @@ def kernels() -> None:
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
-@pytest.mark.parametrize(("packed", "rotary", "softcap", "size"), [(True, True, 0.0, 64), (False, True, 0.0, 48),
-                                                                   (False, False, 30.0, 40), (True, False, 0.0, 80)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("packed", "rotary", "softcap", "size"),
+    [(True, True, 0.0, 64), (False, True, 0.0, 48), (False, False, 30.0, 40), (True, False, 0.0, 80)],
+)
 def test_the_attention_kernel_computes_what_its_body_computes(
     kernels: None, isa: str, packed: bool, rotary: bool, softcap: float, size: int
 ) -> None:
@@ -269,13 +282,15 @@ def test_swiglu_computes_what_its_reference_computes(kernels: None) -> None:
 
 
 def test_linears_of_one_input_share_a_node_and_the_bytes_of_the_file(written: Path) -> None:
-    """Their order in the file is that of the rows, so that no byte is stored twice; nodes say whose rows they compute."""
+    """Their order in the file is that of the rows, so that no byte is stored twice; a node says whose rows it computes."""
     graph, entries = read_graph(written), safetensors_file.header(written / "model.safetensors")
     names = [n.name for n in graph.graph.node if "+" in n.name]
     parts = ["model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"]
-    assert [parts_of.split("+") for parts_of in names if "q_proj" in parts_of] == [[p.format(i) for p in parts] for i in (0, 1)]
+    assert [parts_of.split("+") for parts_of in names if "q_proj" in parts_of] == [
+        [p.format(i) for p in parts] for i in (0, 1)
+    ]
     initializers = {t.name: {e.key: e.value for e in t.external_data} for t in graph.graph.initializer}
     whole = initializers["+".join(f"{p.format(0)}.weight_packed" for p in parts)]
-    dtype, shape, offset, _ = entries[f"{parts[0].format(0)}.weight_packed"]
+    offset = entries[f"{parts[0].format(0)}.weight_packed"][2]
     assert int(whole["offset"]) == offset
     assert int(whole["length"]) == sum(entries[f"{p.format(0)}.weight_packed"][3] for p in parts)

@@ -118,7 +118,9 @@ def test_the_head_can_round_its_input(tiny, tiny_tokenizer, text, tmp_path, tied
 
 
 def test_only_a_head_in_fp4_rounds_its_input():
-    with pytest.raises(RecipeError, match=r"'int8_block' go with lm_head nvfp4 or mxfp4, and it is 'int8-row'; change one"):
+    with pytest.raises(
+        RecipeError, match=r"'int8_block' go with lm_head nvfp4 or mxfp4, and it is 'int8-row'; change one"
+    ):
         recipe("nvfp4a16", "lm_head=int8-row", "embedding=int8-row", "head_activations=int8_block")
 
 
