@@ -71,11 +71,6 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "nvfp4a16": ("nvfp4a16", [], "nvfp4a16 nearest"),
     "nvfp4a16-small": ("nvfp4a16-small", [], "nvfp4a16"),
     "w4a8-cpu": ("w4a8-cpu", [], "nvfp4a16-small"),
-    "w4a8-cpu without smooth": (
-        "nvfp4a16-small",
-        ["runtime=compressor", "quantize.activations=int8_block", "head_activations=int8_block"],
-        "w4a8-cpu",
-    ),
     "w4a16": ("w4a16", [], None),
     "mxfp4": ("mxfp4", [], None),
     "mxfp4-hadamard without rotation": ("mxfp4", ["quantize.rounding=gptq"], "mxfp4"),

@@ -282,7 +282,7 @@ def test_swiglu_computes_what_its_reference_computes(kernels: None) -> None:
 
 
 def test_linears_of_one_input_share_a_node_and_the_bytes_of_the_file(written: Path) -> None:
-    """Their order in the file is that of the rows, so that no byte is stored twice; a node says whose rows it computes."""
+    """Their order in the file is that of the rows, so no byte is stored twice; a node says whose rows it computes."""
     graph, entries = read_graph(written), safetensors_file.header(written / "model.safetensors")
     names = [n.name for n in graph.graph.node if "+" in n.name]
     parts = ["model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"]
