@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-OTHERS = ("Simplified", "GroupQueryAttention")  # what is counted beside the nodes of onnxruntime's own domain
+OTHERS = ("Simplified", "GroupQueryAttention", "SwiGLU")  # what is counted beside the nodes of onnxruntime's own domain
 SWAP = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 
 def capture(model: nn.Module, kind: str) -> tuple[ir.Model, dict[str, Any]]:
-    """The fused graph, and how many of which node it has; `attention` says why a language model's stayed in parts."""
+    """The fused graph; `attention` says why a language model's stayed in parts."""
     report: dict[str, Any] = {}
     graph = None
     if kind == "causal-lm":
@@ -39,8 +39,13 @@ def capture(model: nn.Module, kind: str) -> tuple[ir.Model, dict[str, Any]]:
             report["attention"] = f"portable: {error}"
     if graph is None:
         graph = onnx_capture.capture(model, kind, change=fuse)
-    kinds = Counter(n.op_type for n in graph.graph if n.domain == STOCK_DOMAIN or n.op_type.startswith(OTHERS))
-    return graph, {**report, **{name: kinds[name] for name in sorted(kinds) if name != "MatMulNBits"}}
+    return graph, report
+
+
+def counted(graph: ir.Graph) -> dict[str, int]:
+    """How many of which node that a portable graph does not have."""
+    kinds = Counter(n.op_type for n in graph if n.domain == STOCK_DOMAIN or n.op_type.startswith(OTHERS))
+    return {name: kinds[name] for name in sorted(kinds) if name != "MatMulNBits"}
 
 
 def fuse(model: ir.Model) -> None:

@@ -58,7 +58,8 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
         graph = onnx_capture.capture(model, artifact.kind)
     onnx_weights.bind(graph, weights, artifact.tied, state)
     if artifact.recipe.graph == "ort":
-        artifact.record["graph"] |= onnx_sites.merge(graph, weights)
+        merged = onnx_sites.merge(graph, weights)
+        artifact.record["graph"] |= onnx_fusion.counted(graph.graph) | ({"merged linears": merged} if merged else {})
     onnx_functions.attach_bodies(graph)
     graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION
     path = folder / GRAPH

@@ -37,18 +37,18 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def merge(model: ir.Model, weights: Path) -> dict[str, int]:
-    """Merge in place, after every weight points into the file `weights`; how many linears share a node, and SwiGLUs."""
+def merge(model: ir.Model, weights: Path) -> int:
+    """Merge in place, after every weight points into the file `weights`; how many linears share a node with others."""
     from onnx_ir.passes import common
 
-    merged, gated = 0, 0
+    merged = 0
     for run in list(_runs(model.graph, weights)):
         merged += len(run)
         split = _one_node(model.graph, run)
         if not _packed_attention(model.graph, split):
-            gated += _swiglu(model.graph, split)
+            _swiglu(model.graph, split)
     common.RemoveUnusedNodesPass()(model)
-    return {"merged linears": merged, "SwiGLU": gated} if merged else {}
+    return merged
 
 
 def modules_of(node_name: str) -> list[str]:
@@ -173,13 +173,13 @@ def _packed_attention(graph: ir.Graph, split: ir.Node) -> bool:
     return True
 
 
-def _swiglu(graph: ir.Graph, split: ir.Node) -> int:
-    """One node for silu(gate) · up, if that is all that becomes of two equal parts; how many were made."""
+def _swiglu(graph: ir.Graph, split: ir.Node) -> None:
+    """One node for silu(gate) · up, if that is all that becomes of two equal parts."""
     import onnx_ir as ir
 
     users = [list(part.uses()) for part in split.outputs]
     if [len(u) for u in users] != [1, 1]:
-        return 0
+        return
     (silu, _), (product, _) = users[0][0], users[1][0]
     sizes = ir.convenience.get_const_tensor(split.inputs[1]) if split.inputs[1] else None
     alpha = silu.attributes.get_float("alpha", 0.0) if silu.op_type == "QuickGelu" else 0.0
@@ -190,9 +190,8 @@ def _swiglu(graph: ir.Graph, split: ir.Node) -> int:
         or product.op_type != "Mul"
         or silu.outputs[0] not in product.inputs
     ):
-        return 0
+        return
     node = ir.node("SwiGLU", [split.inputs[0]], domain=DOMAIN)
     graph.insert_before(product, node)
     product.outputs[0].replace_all_uses_with(node.outputs[0])
     graph.remove([product, silu, split], safe=True)
-    return 1
