@@ -10,9 +10,11 @@
 
 namespace compressor {
 
-extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING;
+extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, LOWRANK_LINEAR,
+    LOWRANK_FFN;
 const std::vector<const Op*> OPS = {&FP4_LINEAR,   &INT_LINEAR,    &FP8_LINEAR,
-                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING};
+                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING,
+                                    &LOWRANK_LINEAR, &LOWRANK_FFN};
 
 namespace {
 

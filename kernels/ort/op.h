@@ -50,7 +50,7 @@ struct Kernel {
   virtual void run(const std::vector<Tensor>& inputs, float* y, const Threads& threads) const = 0;
 };
 
-constexpr int MAX_INPUTS = 8;  // kernels index up to here: inputs left out at the end are not there
+constexpr int MAX_INPUTS = 10;  // kernels index up to here: inputs left out at the end are not there
 
 struct Input {
   const char* name;
