@@ -17,6 +17,7 @@ from compressor.layers import Packed, QuantEmbedding, build, hold_dense
 from compressor.model import skeleton
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe
+from compressor.structure import Structure, reshape
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Artifact:
     packed: dict[str, Packed]  # by module name; all tensors are on the CPU
     kept: dict[str, Tensor]  # by tensor name
     tied: dict[str, str]  # tensor name -> the tensor it is; only the latter is stored
+    structure: Structure = field(default_factory=dict)  # where modules have not the shapes of `config`
     record: dict[str, Any] = field(default_factory=dict)  # what the manifest says of the run
     generation_config: Any | None = None
 
@@ -45,7 +47,7 @@ class Artifact:
         dense=True holds the dequantized weights (4 bytes each) so that repeated forwards are several times faster;
         the arithmetic is the same.
         """
-        model = skeleton(self.config, self.kind, dtype)
+        model = reshape(skeleton(self.config, self.kind, dtype), self.structure)
         for name, packed in self.packed.items():
             module = build(packed)
             if isinstance(module, QuantEmbedding):

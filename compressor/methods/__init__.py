@@ -15,7 +15,14 @@ A transform rewrites the model into one that computes the same and is easier to 
 
     fold_needs(), fold(model, calibration) -> report
 
-A method can be both: then `fold` sees all windows and returns decisions, and the rest works on the folded model.
+A structural step puts modules of other shapes in place of linears, before anything is stored (methods/structural.py):
+
+    outline(model, names)                              the shapes that its budget implies, on a model without values
+    survey_needs(), survey(…)                          as above
+    needs(), reshape(model, calibration, decisions) -> report
+
+A method can store and transform: then `fold` sees all windows and returns decisions, and the rest works on the folded
+model.
 
 Adding a method is one file, its test and one line here.
 """
@@ -26,6 +33,7 @@ from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
+from compressor.methods.svd import SVD
 
 METHODS = {
     "quantize": Quantize,
@@ -34,4 +42,5 @@ METHODS = {
     "fp4": FP4,
     "rotate": Rotate,
     "smooth": Smooth,
+    "svd": SVD,
 }
