@@ -368,6 +368,8 @@ def as_onnx(tensor: Tensor) -> Any:
 
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()
 
 
@@ -404,7 +406,8 @@ def session(case: Case, threads: int = 1, library: bool = True, body: bool = Tru
 IN_ONNXRUNTIME = [
     fp4_case(65, 96, "nvfp4", "none"), fp4_case(65, 96, "mxfp4", "mxfp4"), int_case(65, 63, 4, 16),
     int_case(65, 63, 8, 0, "int8_static", packed=False, offset=True), fp8_case(65, 63, "fp8"),
-    float_case(65, 64, "e3m2", "e4m3_static", shift=True),
+    float_case(65, 64, "e3m2", "e4m3_static", shift=True), lowrank_case(65, 63, 20, torch.bfloat16),
+    ffn_case(65, 63, "gelu", True, torch.bfloat16), ffn_case(65, 63, "silu", False, torch.float32, bias=False),
 ]  # fmt: skip
 
 
