@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.layers import Packed, QuantEmbedding, build, hold_dense
+from compressor.lean import lean as run_lean
 from compressor.model import skeleton
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe
@@ -40,12 +41,18 @@ class Artifact:
         return {name: names[name] for name in sorted(names) if name not in self.tied}
 
     def model(
-        self, dtype: torch.dtype = torch.float32, *, dense: bool = False, device: str | torch.device = "cpu"
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        dense: bool = False,
+        lean: bool | None = None,
+        device: str | torch.device = "cpu",
     ) -> nn.Module:
         """A runnable transformers model on the stored tensors, in eval mode; inputs and outputs in `dtype`.
 
         dense=True holds the dequantized weights (4 bytes each) so that repeated forwards are several times faster;
-        the arithmetic is the same.
+        the arithmetic is the same. lean: whether linears of low rank run without activations of full width
+        (docs/flashsvd.md); None: as the recipe says.
         """
         model = reshape(skeleton(self.config, self.kind, dtype), self.structure)
         for name, packed in self.packed.items():
@@ -69,7 +76,10 @@ class Artifact:
                 owner._parameters[alias.rpartition(".")[2]] = source._parameters[name.rpartition(".")[2]]
         missing = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
         assert not missing, f"tensors without a value: {missing[:5]}"
-        model = model.to(device).eval()
+        model = model.eval()
+        if self.recipe.lean if lean is None else lean:
+            run_lean(model)
+        model = model.to(device)
         return hold_dense(model) if dense else model
 
     def save(self, folder: str | Path, *, force: bool = False, progress: Progress = Silent()) -> Path:

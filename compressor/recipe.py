@@ -68,6 +68,7 @@ class Recipe(_Frozen):
     head_activations: Literal["none", "int8"] = "none"  # of a head in FP4: one scale a token, taken when the model runs
     exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
+    lean: bool = True  # linears of low rank run without activations of full width
     steps: Annotated[list[Step], Field(min_length=1)]
 
     @classmethod
