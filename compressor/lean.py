@@ -96,7 +96,9 @@ def lean(model: nn.Module, row_tokens: int | None = None) -> nn.Module:
 
     row_tokens   how many tokens go through a block together where rows can be parted; None: what suits the device
     """
-    named = [(n, b) for n, b in blocks(model) if any(isinstance(m, LowRankLinear) for m in b.modules())]
+    if not any(isinstance(m, LowRankLinear) for m in model.modules()):
+        return model
+    named = [(n, b) for n, b in blocks(model, LowRankLinear) if any(isinstance(m, LowRankLinear) for m in b.modules())]
     known: dict[Any, list[Part]] = {}
     wanted = {_structure(block): (name, block) for name, block in reversed(named)}
     calls = _calls(model, [block for _, block in wanted.values()])

@@ -424,6 +424,17 @@ def test_onnxruntime_runs_the_node_itself(case: Case) -> None:
         session(case, library=False, body=False)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_words_may_come_as_the_bytes_that_a_graph_declares(bits: int) -> None:
+    case = int_case(65, 12, bits, 0)
+    words, *rest = case.inputs
+    assert words is not None
+    x = next(inputs(31, 12))
+    read = Case(case.op, case.attributes, [words.view(torch.uint8), *rest], case.reference, 12, 65)
+    found = session(read, body=False).run(None, {"x": x.numpy()})[0]
+    assert torch.equal(torch.from_numpy(found), case(x))
+
+
 def test_the_same_file_runs_without_the_library() -> None:
     case = IN_ONNXRUNTIME[0]
     x = next(inputs(31, case.columns))

@@ -38,6 +38,8 @@ void low_rank_linear(const LowRank&, const float* x, int64_t tokens, float* z, f
 
 // Inputs 1 to 3 of an op with FP4 weights.
 void expect_fp4(const Op&, const std::vector<Tensor>& inputs, bool nvfp4);
+// Input 1: rows of so many bits in words of 32, which a graph declares as the bytes that they are.
+void expect_words(const Op&, const std::vector<Tensor>& inputs, int64_t bits);
 // E4M3 block scales over a divisor into `m`.
 void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor);
 // The values of E2M1 and the steps of NVFP4 (divisor given) or MXFP4 blocks into `m`.
