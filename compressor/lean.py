@@ -91,14 +91,16 @@ Part = FeedForward | SelfAttention | RowByRow
 
 
 @torch.no_grad()
-def lean(model: nn.Module, row_tokens: int | None = None) -> nn.Module:
+def lean(model: nn.Module, *, row_tokens: int | None = None, dense: bool = False) -> nn.Module:
     """Change in place how `model` runs; returns it. A model without a LowRankLinear stays as it is.
 
     row_tokens   how many tokens go through a block together where rows can be parted; None: what suits the device
+    dense        do the same to linears that are not of low rank
     """
-    if not any(isinstance(m, LowRankLinear) for m in model.modules()):
+    kind: type[nn.Module] = nn.Linear if dense else LowRankLinear
+    if not any(isinstance(m, kind) for m in model.modules()):
         return model
-    named = [(n, b) for n, b in blocks(model, LowRankLinear) if any(isinstance(m, LowRankLinear) for m in b.modules())]
+    named = [(n, b) for n, b in blocks(model, kind) if any(isinstance(m, kind) for m in b.modules())]
     known: dict[Any, list[Part]] = {}
     wanted = {_structure(block): (name, block) for name, block in reversed(named)}
     calls = _calls(model, [block for _, block in wanted.values()])
@@ -109,7 +111,7 @@ def lean(model: nn.Module, row_tokens: int | None = None) -> nn.Module:
         for part in parts:
             if isinstance(part, RowByRow):
                 part.apply(block, row_tokens)
-            elif any(isinstance(block.get_submodule(n), LowRankLinear) for n in part.names):
+            elif any(isinstance(block.get_submodule(n), kind) for n in part.names):
                 part.apply(block)
         used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
         for name, module in block.named_modules():
