@@ -120,7 +120,8 @@ def test_every_other_choice_runs(losses, options):
 
 
 def test_the_report_says_ranks_and_losses(tiny, tiny_tokenizer, text):
-    artifact = compress(tiny("llama"), recipe(keep=0.8, rank_multiple=4), tokenizer=tiny_tokenizer, data=text, measure=False)
+    chosen = recipe(keep=0.8, rank_multiple=4)
+    artifact = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
     report = artifact.record["steps"]["1 svd"]
     assert len(report) == 14
     for name, row in report.items():
