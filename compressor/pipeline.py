@@ -7,7 +7,7 @@ so the original is still there to measure against. Steps work on a twin that sha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
@@ -26,7 +26,7 @@ from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
 from compressor.methods.structural import Structural
-from compressor.methods.transform import Transform, stores
+from compressor.methods.transform import Transform, amends, stores
 from compressor.model import (
     Loaded,
     as_loaded,
@@ -150,6 +150,10 @@ def compress(
             if held_out is not None:
                 ledger[-1] |= _quality(loaded, working, held_out, run)
             continue
+        if amends(step.options):
+            changed, reports[f"{number} {step.method}"] = _amend(working, step, packed, recipe, run)
+            packed |= changed
+            continue
         names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
             decisions = _fold(working, step, stored, run)
@@ -192,8 +196,30 @@ def compress(
     return artifact
 
 
-def _decide(model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: Run) -> Any:
-    """Decisions over the whole model from a survey of one block at a time."""
+def _amend(
+    model: nn.Module, step: Step, packed: Mapping[str, Packed], recipe: Recipe, run: Run
+) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """What one step adds to the targeted linears among `packed`, block by block, and its report."""
+    options = step.options
+    layers = {n: m for n, m in linears(model).items() if n in packed and _targeted(step, n)}
+    decisions = _decide(model, step, set(layers), recipe, run, packed)
+    made: dict[str, Packed] = {}
+    report: dict[str, Any] = {}
+
+    def amend_block(part: Calibration) -> None:
+        inside = {n: m for n, m in layers.items() if n in part}
+        changed, rows = options.amend(inside, part, packed, decisions)
+        made.update(changed)
+        report.update(rows)
+
+    calibrate_blocks(model, run.windows, options.needs(), amend_block, layers, run.progress, run.device, run.dtype)
+    return made, report
+
+
+def _decide(
+    model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: Run, packed: Mapping[str, Packed] | None = None
+) -> Any:
+    """Decisions over the whole model from a survey of one block at a time; packed: of a step that amends."""
     options = step.options
     layers = {n: m for n, m in linears(model).items() if n in names}
     looked: list[Any] = []
@@ -201,7 +227,8 @@ def _decide(model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: 
         fisher = _fisher(model, list(layers), recipe, run)
 
         def look(part: Calibration) -> None:
-            looked.append(options.survey({n: m for n, m in layers.items() if n in part}, part, fisher))
+            inside = {n: m for n, m in layers.items() if n in part}
+            looked.append(options.survey(inside, part, fisher, *([] if packed is None else [packed])))
 
         windows = run.windows[:SURVEY_WINDOWS]
         calibrate_blocks(model, windows, needs, look, names, run.progress, run.device, run.dtype)
@@ -416,6 +443,17 @@ def _place(
                 step.options.outline(model, [n for n in layers if _targeted(step, n)])
                 layers = linears(model)
             reshaped |= {n: f"{where}: bf16" for n in layers if _targeted(step, unit_of(model, n))}
+        if amends(step.options):
+            for name, (owner, place) in placed.items():
+                if owner is not None and place.kept is None and _targeted(step, name):
+                    if owner.options.sequential:
+                        raise RecipeError(
+                            f"{where}: needs the weights that {owner.method} replaces where sequential is true; set "
+                            f"{owner.method}.sequential=false."
+                        )
+                    size = place.size_bytes + step.options.extra_bytes(*layers[name].weight.shape)
+                    note = f"{place.note}; " if place.note else ""
+                    placed[name] = (owner, replace(place, size_bytes=size, note=f"{note}{step.method} on average"))
         if not stores(step.options):
             continue
         for name, layer in layers.items():

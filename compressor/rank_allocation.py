@@ -12,6 +12,7 @@ pivoted form makes weights cheaper the more ranks a layer has, so that popping t
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,3 +127,40 @@ def cheapest(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: 
         groups[name] = [Choice(str(r), layer.weights(r, pivoted), layer.lost(r)) for r in [*kept, None]]
     found = allocate(groups, max(budget, sum(layers[n].weights(r, pivoted) for n, r in base.items()))).choices
     return {name: None if found[name] == "None" else int(found[name]) for name in layers}
+
+
+def share_ranks(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, Tensor] | None, budget: float, multiple: int
+) -> dict[str, int]:
+    """Ranks, from 0, of pairs beside layers [N, K], so that all take at most `budget` weights.
+
+    losses   [S + 1] by rank: their sum is made small, always the rank that saves most a weight next, which is the best
+             there is up to one rank because losses fall ever slower. None: the same share for every layer
+    """
+    ranks = dict.fromkeys(shapes, 0)
+    left = budget
+    total = sum(n * k for n, k in shapes.values())
+    if losses is None:
+        exact = {name: budget * n * k / total / (n + k) / multiple for name, (n, k) in shapes.items()}
+        ranks = {name: multiple * int(one) for name, one in exact.items()}
+        left -= sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+        for name in sorted(exact, key=lambda n: (int(exact[n]) - exact[n], n)):
+            if (more := multiple * sum(shapes[name])) <= left and ranks[name] + multiple <= min(shapes[name]):
+                ranks[name], left = ranks[name] + multiple, left - more
+        return ranks
+    heap = [_gain(losses[name], 0, multiple, shape, name) for name, shape in shapes.items()]
+    heapq.heapify(heap)
+    while heap:
+        gain, name = heapq.heappop(heap)
+        if (more := multiple * sum(shapes[name])) > left or not gain:
+            continue
+        ranks[name], left = ranks[name] + multiple, left - more
+        heapq.heappush(heap, _gain(losses[name], ranks[name], multiple, shapes[name], name))
+    return ranks
+
+
+def _gain(losses: Tensor, rank: int, multiple: int, shape: tuple[int, int], name: str) -> tuple[float, str]:
+    """What the next ranks of a pair save a weight, negative; 0 where there are no more."""
+    if rank + multiple >= len(losses):
+        return 0.0, name
+    return (losses[rank + multiple] - losses[rank]).item() / (multiple * sum(shape)), name
