@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SECTION = "compressor"
 SECTION_FORMAT, RESHAPED = 1, 2  # the second has modules of other shapes than the config's
 
+REFUSAL = "none; open this folder with compressor.load, because "  # what transformers_loader.py recognizes
+
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 # A runtime rounds block scales to `scale_dtype` only when it is named.
 _FP4 = {
@@ -73,6 +75,8 @@ def loads_in(artifact: Artifact) -> dict[str, str]:
     """{"transformers": "yes", or what a user of transformers should know instead}."""
     if reason := _reason(artifact, _stock_model(artifact)):
         return {"transformers": f"no: {reason}"}
+    if any("correction_down" in p.tensors for p in artifact.packed.values()):
+        return {"transformers": "without its low-rank correction, or with lora/adapter on lora/base"}
     if any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
         return {"transformers": "with activations rounded by abs-max instead of four-over-six"}
     return {"transformers": "yes"}
@@ -222,7 +226,7 @@ def _refusal(reason: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "dense",
-        "config_groups": {f"none; open this folder with compressor.load, because {reason}": ["Linear"]},
+        "config_groups": {f"{REFUSAL}{reason}": ["Linear"]},
         "ignore": [],
     }
 
