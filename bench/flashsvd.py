@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.kernels import lowrank_ffn
+from compressor.kernels import lowrank_ffn, native
 from compressor.lean import lean
 from compressor.lowrank import LowRankLinear
 from compressor.methods.svd import SVD
@@ -150,9 +150,11 @@ class Table:
         self.first = self.first or found
         wrong = float("nan") if expected is None else float((y.float() - expected).norm() / expected.norm())
         of = {f"{k}_of_dense": round(v / self.first[k], 3) for k, v in found.items()}
-        cells = [f"{found[k]:.{digits}f} | {of[f'{k}_of_dense']:.2f}" for k, digits in (("mib", 1), ("eager_ms", 3), ("graph_ms", 3))]
+        digits = {"mib": 1, "eager_ms": 3, "graph_ms": 3}
+        cells = [f"{found[k]:.{n}f} | {of[f'{k}_of_dense']:.2f}" for k, n in digits.items()]
         print(f"| {name} | {' | '.join(cells)} | {wrong:.4f} |", flush=True)
-        line = {**self.common, "variant": name, **{k: round(v, 4) for k, v in found.items()}, **of, "error": round(wrong, 5)}
+        rounded = {k: round(v, 4) for k, v in found.items()}
+        line = {**self.common, "variant": name, **rounded, **of, "error": round(wrong, 5)}
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -271,7 +273,8 @@ def encoders(name: str, a: argparse.Namespace, kernels: dict[str, Any], common: 
         exact = copy.deepcopy(factored).float().encoder(x.float(), attention_mask=mask)[0]
     table.row("dense", run(dense), None)
     for tokens in a.tokens:
-        table.row(f"dense, lean, {tokens} tokens", run(lean(copy.deepcopy(dense).cpu().float(), row_tokens=tokens, dense=True)), None)
+        leaned = lean(copy.deepcopy(dense).cpu().float(), row_tokens=tokens, dense=True)
+        table.row(f"dense, lean, {tokens} tokens", run(leaned), None)
     if a.cuda:
         exact = copy.deepcopy(factored).to(a.device).encoder(x.float(), attention_mask=mask)[0].clone()
     table.row("naive SVD", run(copy.deepcopy(factored)), exact)
@@ -302,7 +305,9 @@ def feed_forwards(name: str, a: argparse.Namespace, kernels: dict[str, Any], com
     table.row("dense", lambda: two(F.gelu(one(x))), None)
     for mib in a.hidden_mib:
         step = max(128, (int(mib * 2**20) // wide) // 128 * 128)
-        table.row(f"dense, {step} tokens", lambda s=step: lowrank_ffn.chunked(x, dense[0], None, dense[1], "gelu", s), None)
+        table.row(
+            f"dense, {step} tokens", lambda s=step: lowrank_ffn.chunked(x, dense[0], None, dense[1], "gelu", s), None
+        )
     table.row("naive SVD", lambda: last(F.gelu(first(x))), exact)
     for mib in a.hidden_mib:
         step = max(128, (int(mib * 2**20) // wide) // 128 * 128)
@@ -311,6 +316,9 @@ def feed_forwards(name: str, a: argparse.Namespace, kernels: dict[str, Any], com
                 f"ours, {act}, {step} tokens",
                 lambda s=step, act=act: lowrank_ffn.chunked(x, weights[0], None, weights[1], act, s), exact,
             )  # fmt: skip
+    if not a.cuda and native.built():
+        flat = [t for f in (weights[0], (None, None, None), weights[1]) for t in f]
+        table.row("ours, gelu, fused kernel", lambda: lowrank_ffn.lowrank_ffn(x, *flat, "gelu"), exact)
     for kind in ("v1", "v2") if kernels else ():
         peer = PeerFFN(kernels[kind], first, last)
         table.row(f"FlashSVD {kind}", lambda peer=peer: peer(x), exact)
@@ -366,7 +374,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--head-rank", type=int, default=32, help="of a head of 64, for FlashSVD's attention")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="that go through a block together")
-    parser.add_argument("--hidden-mib", type=float, nargs="+", default=[12, 24, 48], help="hidden activations at a time")
+    parser.add_argument("--hidden-mib", type=float, nargs="+", default=[12, 24, 48], help="of hidden activations")
     parser.add_argument("--padding", action="store_true", help="texts of half to full length, padded on the right")
     parser.add_argument("--repeats", type=int, default=21)
     a = parser.parse_args()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels import activations as act
-from compressor.kernels import float_linear, fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear
+from compressor.kernels import codec, float_linear, fp4_embedding, fp4_linear, fp8_linear, int_embedding, int_linear
 
 
 @dataclass
@@ -139,7 +139,14 @@ class QuantLinear(QuantModule):
             self.optional("input_offset"),
             self.optional("input_shift"),
             self.hadamard,
+            self.block,
         )
+
+    @property
+    def block(self) -> int:
+        """Size of the weight's blocks in a block format, 0 in any other."""
+        format = codec.FORMATS.get(self.attributes.get("format", ""))
+        return format.block or 0 if format else 0
 
     @property
     def hadamard(self) -> int:

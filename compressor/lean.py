@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import lean_modules
+from compressor import rank_values as rank_values_module
 from compressor.blockwise import HIDDEN, Call, base_of
 from compressor.fold_probe import Probe, distance
 from compressor.kernels.lowrank_ffn import ACTIVATIONS
@@ -87,17 +88,34 @@ class RowByRow:
         become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens)
 
 
-Part = FeedForward | SelfAttention | RowByRow
+@dataclass(frozen=True)
+class RankValues:
+    """The linear that gives the values, and the size of a head."""
+
+    name: str
+    size: int
+
+    def apply(self, block: nn.Module) -> None:
+        become(block.get_submodule(self.name), rank_values_module.Values, size=self.size)
+
+
+Part = FeedForward | SelfAttention | RowByRow | RankValues
 
 
 @torch.no_grad()
-def lean(model: nn.Module, *, row_tokens: int | None = None, dense: bool = False) -> nn.Module:
+def lean(
+    model: nn.Module, *, row_tokens: int | None = None, rank_values: bool = False, dense: bool = False
+) -> nn.Module:
     """Change in place how `model` runs; returns it. A model without a LowRankLinear stays as it is.
 
-    row_tokens   how many tokens go through a block together where rows can be parted; None: what suits the device
-    dense        do the same to linears that are not of low rank
+    row_tokens    how many tokens go through a block together where rows can be parted; None: what suits the device
+    rank_values   let the key-value cache hold values in rank space, where a model can (rank_values.py); not for export
+    dense         do the same to linears that are not of low rank
+    Raises ValueError for a model that runs lean already.
     """
     kind: type[nn.Module] = nn.Linear if dense else LowRankLinear
+    if any(isinstance(m, lean_modules.LEAN) for m in model.modules()):
+        raise ValueError(f"this {type(model).__name__} runs lean already; load it with lean=False first.")
     if not any(isinstance(m, kind) for m in model.modules()):
         return model
     named = [(n, b) for n, b in blocks(model, kind) if any(isinstance(m, kind) for m in b.modules())]
@@ -105,23 +123,31 @@ def lean(model: nn.Module, *, row_tokens: int | None = None, dense: bool = False
     wanted = {_structure(block): (name, block) for name, block in reversed(named)}
     calls = _calls(model, [block for _, block in wanted.values()])
     for structure, (_, block) in wanted.items():
-        known[structure] = parts_of(block, calls[block], getattr(model.config, "num_attention_heads", 0))
+        known[structure] = parts_of(block, calls[block], model.config, rank_values)
     for _, block in named:
         parts = known[_structure(block)]
         for part in parts:
             if isinstance(part, RowByRow):
                 part.apply(block, row_tokens)
+            elif isinstance(part, RankValues):
+                if rank_values_module.pays(block.get_submodule(part.name), part.size):
+                    part.apply(block)
             elif any(isinstance(block.get_submodule(n), kind) for n in part.names):
                 part.apply(block)
         used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
         for name, module in block.named_modules():
             if type(module) is LowRankLinear and name not in used and factors(module) is not None:
                 become(module, lean_modules.Single)
+    if any(isinstance(m, rank_values_module.Values) for m in model.modules()):
+        rank_values_module.register(model)
     return model
 
 
-def parts_of(block: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], heads: int) -> list[Part]:
+def parts_of(
+    block: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], config: Any, rank_values: bool = False
+) -> list[Part]:
     """What of a block can run lean, each proven; `call` is how the model calls it. The block is only read."""
+    heads = getattr(config, "num_attention_heads", 0)
     args, kwargs = call
     hidden = args[0] if args else kwargs["hidden_states"]
     given = Call(
@@ -131,11 +157,16 @@ def parts_of(block: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], hea
     )
     under = Probe(_dense(block), given, torch.float64)
     found: list[Part] = []
-    for part in itertools.chain(_feed_forwards(under), _attentions(under, heads)):
-        taken = {n for p in found if not isinstance(p, RowByRow) for n in p.names}
+    candidates: list[Iterator[FeedForward | SelfAttention]] = [_feed_forwards(under), _attentions(under, heads)]
+    for part in itertools.chain(*candidates):
+        taken = {n for p in found if isinstance(p, FeedForward | SelfAttention) for n in p.names}
         if not taken & set(part.names) and _proven(under, part):
             found.append(part)
-    by_row = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
+    if rank_values:
+        size = rank_values_module.head_size(config)
+        tried = (RankValues(n, size) for n, m in under.linears.items() if m.out_features % size == 0)
+        found += list(itertools.islice((part for part in tried if _values_proven(under, part)), 1))
+    by_row: set[int | str] = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
     by_row |= {k for k, v in kwargs.items() if isinstance(v, Tensor) and len(v) == ROWS}
     rows = RowByRow(frozenset(by_row))
     return [*found, rows] if _proven(under, rows) else found
@@ -156,7 +187,7 @@ def _dense(block: nn.Module) -> nn.Module:
     """A copy with random dense linears in the place of all that stands for one: structure does not hang on weights."""
     memo: dict[int, Any] = {}
     for module in block.modules():
-        if id(module) not in memo and isinstance(module, LowRankLinear) or hasattr(module, "in_features"):
+        if id(module) not in memo and (isinstance(module, LowRankLinear) or hasattr(module, "in_features")):
             bias = getattr(module, "bias", None) is not None or getattr(module, "up", None) is not None
             memo[id(module)] = nn.Linear(int(module.in_features), int(module.out_features), bias)  # type: ignore
     with torch.random.fork_rng(devices=[]):
@@ -253,6 +284,26 @@ def _proven(under: Probe, part: Part) -> bool:
     except (RuntimeError, TypeError, KeyError):  # another order of arguments, another shape: not this
         return False
     return distance(results, under.results) <= SAME * distance(under.results)
+
+
+def _values_proven(under: Probe, part: RankValues) -> bool:
+    """Whether a block whose values have low rank gives the same when its cache would hold them in rank space."""
+    block = copy.deepcopy(under.block)
+    dense = block.get_submodule(part.name)
+    made = LowRankLinear.shaped(dense.out_features, dense.in_features, part.size // 2 + 1, bias=dense.bias is not None)  # type: ignore
+    made = made.to_empty(device="cpu").to(torch.float64)
+    for p in made.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    block.set_submodule(part.name, made)
+    hidden = [got[""].detach() for got in under.inputs]
+    expected = [under.call.run(block, h) for h in hidden]
+    part.apply(block)
+    try:
+        with rank_values_module.standing_in():
+            results = [under.call.run(block, h) for h in hidden]
+    except (RuntimeError, TypeError, KeyError, ValueError):
+        return False
+    return distance(results, expected) <= SAME * distance(expected)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -41,7 +41,7 @@ def factors(module: nn.Module | None) -> Factors | None:
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """Its class before `become`."""
-    return next(k for k in type(module).__mro__ if not issubclass(k, (Through, FFN)))
+    return next(k for k in type(module).__mro__ if issubclass(k, nn.Module) and not issubclass(k, (Through, FFN)))
 
 
 def differentiated(*given: Any) -> bool:
@@ -78,16 +78,15 @@ class FFN(nn.Module):
     activation: str
 
     def forward(self, x: Tensor) -> Tensor:
-        first, gate, last = self.span
-        weights = [factors(m) for m in self.span]
-        if differentiated(x, *(t for f in weights if f for t in f)):
+        first, gate, last = (factors(m) for m in self.span)
+        if differentiated(x, *(t for f in (first, gate, last) if f for t in f)):
             return self._some(x)
-        if weights[0] is None or weights[2] is None or (gate is not None and weights[1] is None):
-            return x if x.numel() == 0 else self._in_chunks(x)
+        if first is None or last is None or (gate is None) != (self.span[1] is None):
+            return self._in_chunks(x)
         if _takes_ops(x):
-            flat = [t for f in weights for t in f or (None, None, None)]
+            flat = [t for f in (first, gate, last) for t in f or (None, None, None)]
             return lowrank_ffn.lowrank_ffn(x, *flat, self.activation)
-        return lowrank_ffn.chunked(x, weights[0], weights[1], weights[2], self.activation)
+        return lowrank_ffn.chunked(x, first, gate, last, self.activation)
 
     def _some(self, x: Tensor) -> Tensor:
         first, gate, last = (None if m is None else _own(m) for m in self.span)
@@ -103,7 +102,7 @@ class FFN(nn.Module):
         y = x.new_empty((len(flat), int(last.out_features)))  # type: ignore[arg-type]
         for start in range(0, len(flat), step):
             y[start : start + step] = self._some(flat[start : start + step])
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _own(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -190,5 +189,8 @@ class Attention(nn.Module):
         if torch.compiler.is_exporting():
             y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
         else:
-            y = lowrank_attention.chunked(*given, *last)
+            y = lowrank_attention.chunked(given[0], given[1], given[2], *last)
         return y if self.rest is None else (y, *[None] * self.rest)
+
+
+LEAN = (Single, Through, FFN, Rows, Attention)

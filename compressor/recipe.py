@@ -65,7 +65,7 @@ class Recipe(_Frozen):
     calibration: Calibration = Calibration()
     embedding: TableChoice = "bf16"
     lm_head: TableChoice = "bf16"
-    head_activations: Literal["none", "int8"] = "none"  # of a head in FP4: one scale a token, taken when the model runs
+    head_activations: Literal["none", "int8_block"] = "none"  # of a head in FP4
     exports: Annotated[list[Literal["safetensors", "onnx", "lora"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
     lean: bool = True  # linears of low rank run without activations of full width
@@ -103,6 +103,7 @@ def shares_a_budget(step: Step) -> bool:
 
 # Options that change what activations are rounded to, in a way that only our own ops carry out.
 OWN_RUNTIME_ONLY = ("four_over_six", "symmetrize", "inputs", "hadamard")
+OWN_RULE = "int8_block"
 
 
 def _overridden(document: Document, overrides: Sequence[str]) -> Document:
@@ -144,10 +145,11 @@ def _validated(document: Document) -> Recipe:
     for i, step in enumerate(recipe.steps):
         keys: Keys = ("steps", i, step.method)
         options = _checked(METHODS[step.method], step.options, document, keys)
-        for name in OWN_RUNTIME_ONLY:
-            if recipe.runtime != "compressor" and getattr(options, name, False) not in (False, "auto"):
-                wrong = f"{name} is not what {recipe.runtime} computes; set runtime: compressor, or drop it."
-                raise RecipeError(f"{_place(document, (*keys, name))}: {wrong}")
+        own = [(n, n) for n in OWN_RUNTIME_ONLY if getattr(options, n, False) not in (False, "auto")]
+        if getattr(options, "activations", "") == OWN_RULE:
+            own.append(("activations", OWN_RULE))
+        for name, what in own:
+            _require_own_runtime(recipe, what, _place(document, (*keys, name)))
         if step.method == "fp4" and any(getattr(s.options, "inputs", 0) for s in steps):
             wrong = "fp4 does not store inputs that an earlier step rotates; use quantize, or rotate values."
             raise RecipeError(f"{_place(document, keys)}: {wrong}")
@@ -161,7 +163,16 @@ def _validated(document: Document) -> Recipe:
     if (rule := recipe.head_activations) != "none" and recipe.lm_head not in ("nvfp4", "mxfp4"):
         wrong = f"head_activations '{rule}' go with lm_head nvfp4 or mxfp4, and it is '{recipe.lm_head}'"
         raise RecipeError(f"{document.origin(('head_activations',))}: {wrong}; change one of them.")
+    if rule == OWN_RULE:
+        _require_own_runtime(recipe, rule, document.origin(("head_activations",)))
     return recipe.model_copy(update={"steps": steps})
+
+
+def _require_own_runtime(recipe: Recipe, what: str, where: str) -> None:
+    if recipe.runtime != "compressor":
+        raise RecipeError(
+            f"{where}: {what} is not what {recipe.runtime} computes; set runtime: compressor, or drop it."
+        )
 
 
 def _shaped(document: Document, number: int, step: object, methods: Mapping[str, type]) -> dict[str, object]:

@@ -92,6 +92,8 @@ def expressible(packed: Packed) -> str | None:
         return f"its input is padded by {packed.attributes['padding']}, which the dialect cannot say"
     if block := packed.attributes.get("hadamard"):
         return f"its input is rotated in blocks of {block} (hadamard), which only our own ops compute"
+    if packed.attributes.get("activations") == "int8_block":
+        return "its input has an INT8 scale a block (int8_block), which only our own ops compute"
     if "input_offset" in packed.tensors:
         return "its input is shifted channel by channel (input_offset), which the dialect cannot say"
     return None

@@ -31,12 +31,17 @@ from compressor.exporters.onnx_nodes import (
     LOWEST,
     OPSET,
     OPTIONAL,
+    SHAPE,
+    STOCK_DOMAIN,
 )
 from compressor.kernels.activations import STATIC_BITS, STATIC_FLOATS, TOKEN_BITS
 from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOATS, Float
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+STOCK_OPS = ("MatMulNBits",)  # of onnxruntime's own that bodies use
+HALF_STEPS = np.array([2 * e for e in E2M1_VALUES] + [-2 * e for e in E2M1_VALUES])  # E2M1 in integers, -12 … 12
 
 
 class Body:
@@ -51,11 +56,15 @@ class Body:
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         def add(*inputs: Any, **attributes: Any) -> ir.Value:
             values = [v if v is None or isinstance(v, self.ir.Value) else self.constant(v) for v in inputs]
-            node = self.ir.node(op_type, values, attributes)
+            node = self.ir.node(op_type, values, attributes, domain=STOCK_DOMAIN if op_type in STOCK_OPS else "")
             self.nodes.append(node)
             return node.outputs[0]
 
         return add
+
+    def attribute(self, name: str) -> ir.Attr:
+        """The function's own integer attribute, handed on under its name."""
+        return self.ir.RefAttr(name, name, self.ir.AttributeType.INT)
 
     def constant(self, value: Any) -> ir.Value:
         """Python floats become float32 and ints int64; arrays keep their dtype."""
@@ -71,14 +80,14 @@ def _flat(op: Body, values: ir.Value) -> ir.Value:
     return op.Reshape(values, [0, -1])
 
 
-def _lookup(op: Body, packed: ir.Value, values: Sequence[float]) -> ir.Value:
-    """uint8 [..., B] -> float32 [..., B, elements of a byte], for the values of all codes; low bits first.
+def _lookup(op: Body, packed: ir.Value, values: Sequence[float], dtype: type = np.float32) -> ir.Value:
+    """uint8 [..., B] -> `dtype` [..., B, elements of a byte], for the values of all codes; low bits first.
 
     One table of 256 bytes instead of shifts and masks: a runtime that folds the body at load time makes one pass.
     """
     bits = (len(values) - 1).bit_length()
     codes = np.arange(256)[:, None] >> np.arange(0, 8, bits) & (len(values) - 1)
-    return op.Gather(np.array(values, np.float32)[codes], op.Cast(packed, to=INT32))
+    return op.Gather(np.array(values, dtype)[codes], op.Cast(packed, to=INT32))
 
 
 def _rows_of(op: Body, weight: ir.Value, x: ir.Value) -> ir.Value:
@@ -219,8 +228,10 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
         step = op.Div(op.Cast(v["weight_scale"], to=FLOAT), v["weight_global_scale"])
     else:
         step = _e8m0_values(op, v["weight_scale"])
-    weight = _fp4_blocks(op, v["weight_packed"], step, a["block_size"])
     x = _rotated(op, v["x"], a["hadamard"])
+    if a["activations"] == "int8_block":
+        return _fp4_times_int8(op, x, v, step, a)
+    weight = _fp4_blocks(op, v["weight_packed"], step, a["block_size"])
     if a["activations"] == "nvfp4":
         x = _nvfp4(op, x, v["input_global_scale"], bool(a["four_over_six"]))
     elif a["activations"] == "mxfp4":
@@ -228,6 +239,20 @@ def _fp4_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Valu
     else:
         x = _per_token(op, x, a["activations"])
     return _matmul(op, x, _rows_of(op, weight, x), v["bias"])
+
+
+def _fp4_times_int8(op: Body, x: ir.Value, v: Mapping[str, Any], step: ir.Value, a: Mapping[str, Any]) -> ir.Value:
+    """MatMulNBits, whose accuracy level 4 rounds inputs as `int8_block` does, of bytes that are half steps above -12.
+
+    One byte a weight is held, and read for a token, instead of four; small offsets keep sums of two products in 16 bits.
+    """
+    size = a["block_size"]
+    codes = op.Reshape(_lookup(op, v["weight_packed"], HALF_STEPS + 12, np.uint8), [0, -1, size])
+    offset = op.Expand(np.array([[12]], np.uint8), op.Shape(step))
+    return op.MatMulNBits(
+        x, codes, op.Mul(step, 0.5), offset, None, v["bias"], bits=8, block_size=size, accuracy_level=4,
+        **{name: op.attribute(name) for name in SHAPE},
+    )  # fmt: skip
 
 
 def _fp4_blocks(op: Body, packed: ir.Value, step: ir.Value, block_size: int) -> ir.Value:
@@ -321,7 +346,7 @@ def _int_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
 
 
 def _low_rank(op: Body, x: ir.Value, v: Mapping[str, Any], prefix: str = "") -> ir.Value:
-    """x times the linear whose inputs begin with `prefix`: down, then up where there is one. Factors may be bfloat16."""
+    """x times the linear whose inputs begin with `prefix`: down, then up where there is one. Factors may be bf16."""
     down, up, bias = (v[prefix + name] for name in ("down", "up", "bias"))
     if up is None:
         return _matmul(op, x, op.Cast(down, to=FLOAT), bias)
@@ -382,6 +407,13 @@ def _lowrank_attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> 
     return op.Reshape(y, [0, 0, -1])
 
 
+def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    size = op.Shape(v["x"], start=-1)
+    half = op.Div(size, [2])
+    gate, up = op.Slice(v["x"], [0], half, [-1]), op.Slice(v["x"], half, size, [-1])
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
 BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "FP4Linear": _fp4_linear,
     "IntLinear": _int_linear,
@@ -392,6 +424,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "LowRankLinear": _lowrank_linear,
     "LowRankFFN": _lowrank_ffn,
     "LowRankAttention": _lowrank_attention,
+    "SwiGLU": _swiglu,
 }
 
 
@@ -408,14 +441,15 @@ def body(op_type: str, attributes: Mapping[str, Any], present: set[str]) -> ir.F
     result.name = "y"
     for node in op.nodes:
         node.name = None
-    graph = ir.Graph(inputs, [result], nodes=op.nodes, opset_imports={"": OPSET})
+    imports = {"": OPSET} | {node.domain: 1 for node in op.nodes if node.domain}
+    graph = ir.Graph(inputs, [result], nodes=op.nodes, opset_imports=imports)
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[op_type]]
     return ir.Function(DOMAIN, op_type, overload(op_type, attributes, present), graph=graph, attributes=declared)
 
 
 def overload(op_type: str, attributes: Mapping[str, Any], present: set[str]) -> str:
     """Which specialisation: attribute values in order, then the optional inputs that are there."""
-    values = [f"{name}={attributes[name]}" for name in ATTRIBUTES[op_type]]
+    values = [f"{name}={attributes[name]}" for name in ATTRIBUTES[op_type] if name not in SHAPE]
     return ",".join(values + [name for name in INPUTS[op_type] if name in OPTIONAL & present])
 
 
@@ -432,3 +466,4 @@ def attach_bodies(model: ir.Model) -> None:
         if node.op_identifier() not in model.functions:
             function = body(node.op_type, attributes, present)
             model.functions[function.identifier()] = function
+            model.graph.opset_imports.update(function.opset_imports)

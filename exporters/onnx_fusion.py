@@ -1,12 +1,12 @@
 """`graph: ort`: the same model in fewer nodes, with operators that stock onnxruntime has beside those of ONNX.
 
-    GroupQueryAttention              attention, cache, mask and softmax (onnx_attention.py)
-    RotaryEmbedding                  the seven nodes that turn queries or keys
+    GroupQueryAttention              attention, cache, mask and softmax (onnx_attention.py), rotary embeddings included
+    RotaryEmbedding                  the seven nodes that turn queries or keys, where attention cannot turn both
     (Skip)SimplifiedLayerNormalization   RMS norm, and the residual addition in front of it
     QuickGelu                        x · sigmoid(x)
     FusedMatMul                      a product with a transposed matrix, which need not be held twice
 
-Everything is found by what nodes compute, never by names; what is not found stays as it is. A Llama layer is 14 nodes.
+Everything is found by what nodes compute, never by names; what is not found stays as it is. Linears with one input: onnx_sites.py.
 """
 
 from __future__ import annotations
@@ -162,12 +162,14 @@ class _Attention:
         self.graph = graph
         self.tables: dict[ir.Value, ir.Value] = {}  # cos or sin [B, S, D] -> [B * S, D / 2]
         self.positions: dict[ir.Value, ir.Value] = {}  # the same -> [B, S], the rows of that table
+        self.long: dict[ir.Value, ir.Value] = {}  # a table -> the same with as many rows more as there are positions
 
     def fuse(self) -> None:
         for node in [n for n in self.graph if n.op_type == "GroupQueryAttention"]:
             self.before = node  # where new nodes go
             for index in range(3):
                 node.replace_input_with(index, self.flat(_input(node, index)))
+            self.turn_inside(node)
             out = node.outputs[0]
             for split in [n for n in out.consumers() if n.op_type == "Reshape"]:
                 for join in [n for n in split.outputs[0].consumers() if n.op_type == "Reshape"]:
@@ -203,6 +205,29 @@ class _Attention:
         x, cos, sin = found
         inputs = [self.joined(self.unswapped(x, heads), value), self.positions[cos], self.tables[cos], self.tables[sin]]
         return self.add("RotaryEmbedding", inputs, value, STOCK_DOMAIN)
+
+    def turn_inside(self, attention: ir.Node) -> None:
+        """Let the attention turn queries and keys itself where both are turned by the same angles.
+
+        It insists on a row for every position up to the last; the rows in use are still those of `positions`.
+        """
+        import onnx_ir as ir
+
+        query, key = (_made(attention.inputs[i], "RotaryEmbedding") for i in (0, 1))
+        size = _dims(_input(attention, 3))[-1]
+        if not query or not key or query.inputs[1:] != key.inputs[1:] or size % 16:
+            return
+        for index, node in enumerate((query, key)):
+            attention.replace_input_with(index, _input(node))
+        positions, *tables = (_input(query, i) for i in (1, 2, 3))
+        for index, table in enumerate(tables, 7):
+            if table not in self.long:
+                total = self.add("Reshape", [self.add("Cast", [_input(attention, 6)], to=ir.DataType.INT64), self.ints(1)])
+                zeros = self.add("ConstantOfShape", [self.add("Concat", [total, self.ints(size // 2)], axis=0)])
+                self.long[table] = self.add("Concat", [table, zeros], axis=0)
+            attention.replace_input_with(index, self.long[table])
+        attention.replace_input_with(9, positions)
+        attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
 
     def unswapped(self, x: ir.Value, like: ir.Value) -> ir.Value:
         """[B, S, H, D] of x [B, H, S, D]; a norm over D does not care, so it moves in front."""

@@ -1,8 +1,8 @@
 """model.onnx: one graph with a KV cache whose weights are the bytes of model.safetensors.
 
 Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
-here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion (for `graph: ort`), onnx_nodes
-and onnx_functions (compressed modules and what they compute), onnx_weights (initializers). Below: two views of a
+here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion and onnx_sites (for
+`graph: ort`), onnx_nodes and onnx_functions (compressed modules and what they compute), onnx_weights (initializers). Below: two views of a
 written graph for verification.
 """
 
@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import OutputError
-from compressor.exporters import genai_config, onnx_capture, onnx_functions, onnx_fusion, onnx_nodes, onnx_weights
+from compressor.exporters import (
+    genai_config,
+    onnx_capture,
+    onnx_functions,
+    onnx_fusion,
+    onnx_nodes,
+    onnx_sites,
+    onnx_weights,
+)
 
 if TYPE_CHECKING:
     import onnx
 
     from compressor.artifact import Artifact
+    from compressor.layers import Packed
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.safetensors"
@@ -48,6 +57,8 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     else:
         graph = onnx_capture.capture(model, artifact.kind)
     onnx_weights.bind(graph, weights, artifact.tied, state)
+    if artifact.recipe.graph == "ort":
+        artifact.record["graph"] |= onnx_sites.merge(graph, weights)
     onnx_functions.attach_bodies(graph)
     graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION
     path = folder / GRAPH
@@ -57,8 +68,8 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     return [path, genai_config.write(artifact, graph, folder)]
 
 
-def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Module name -> (name of its input value, name of its output value), for the modules of `names` in the graph.
+def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> dict[str, tuple[str, str, slice]]:
+    """Module name -> (name of its input value, name of its output value, its part of the last axis), for all of `packed`.
 
     The values are the module's, not the node's: before padding, after an embedding's multiplier or a correction.
     """
@@ -70,7 +81,8 @@ def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[s
             users.setdefault(name, []).append(node)
     found = {}
     for node in graph.graph.node:
-        if node.domain not in domains or node.name not in names:
+        modules = onnx_sites.modules_of(node.name)
+        if node.domain not in domains or not packed.keys() >= set(modules):
             continue
         source, target = node.input[0], node.output[0]
         before = producer.get(source)
@@ -78,9 +90,15 @@ def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[s
             source = before.input[0]
         if node.op_type in onnx_nodes.EMBEDDINGS and [n.op_type for n in users.get(target, [])] == ["Mul"]:
             target = users[target][0].output[0]
-        if "correction_down" in getattr(names[node.name], "tensors", ()):
-            target = next(user for user in users[target] if user.op_type == "Add").output[0]
-        found[node.name] = (source, target)
+        first = 0
+        for index, name in enumerate(modules):
+            rows = packed[name].attributes["out_features"]
+            value, part = target, slice(first, first + rows) if len(modules) > 1 else slice(None)
+            if "correction_down" in packed[name].tensors:
+                own = target if len(modules) == 1 else users[target][0].output[index]  # of the Split behind it
+                value, part = next(user for user in users[own] if user.op_type == "Add").output[0], slice(None)
+            found[name] = (source, value, part)
+            first += rows
     return found
 
 

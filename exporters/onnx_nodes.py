@@ -42,14 +42,16 @@ INPUTS = {
         *("query", "key", "value", "query_up", "key_up", "value_up"),
         *("query_bias", "key_bias", "value_bias", "mask"),
     ),
+    "SwiGLU": ("x",),
 }
 FACTORS = ("_down", "_up", "down", "up")  # how inputs end that are read in the dtype that the file has, bfloat16 too
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
 OPTIONAL |= {"in_up", "in_bias", "mul_down", "mul_up", "mul_bias", "out_up", "out_bias"}
 OPTIONAL |= set(INPUTS["LowRankAttention"][3:])
+SHAPE = ("K", "N")  # attributes that a body hands on: one body serves all shapes
 ATTRIBUTES = {
-    "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard"),
+    "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard", *SHAPE),
     "IntLinear": ("bits", "group_size", "activations", "packed", "in_features", "hadamard"),
     "FP8Linear": ("activations", "hadamard"),
     "FloatLinear": ("format", "activations", "block_size"),
@@ -58,6 +60,7 @@ ATTRIBUTES = {
     "LowRankLinear": (),
     "LowRankFFN": ("activation",),
     "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
+    "SwiGLU": (),
 }
 FLOAT, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 6, 17, 19  # onnx.TensorProto
 LOWEST = -3.4028234663852886e38  # float32's, which masks add to what must not be attended to
@@ -153,6 +156,8 @@ def _emit_fp4_linear(
         "activations": activations,
         "four_over_six": int(four_over_six),
         "block_size": FORMATS[format].block,
+        "K": weight_packed.shape[1] * 2,
+        "N": weight_packed.shape[0],
         "hadamard": hadamard,
     }
     inputs = (x, weight_packed, weight_scale, weight_global_scale, input_global_scale, _float(bias))
@@ -250,8 +255,9 @@ def _emit_lowrank_ffn(x: Any, *given: Any, **named: Any) -> Any:
 
 def _emit_lowrank_attention(*given: Any, **named: Any) -> Any:
     """The mask becomes what is added to scores."""
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
 
+    op: Any = opset21  # its stubs ask for types that the exporter knows later
     names = (*INPUTS["LowRankAttention"], *ATTRIBUTES["LowRankAttention"])
     v = dict(zip(names, given, strict=False)) | named
     mask = v["mask"]

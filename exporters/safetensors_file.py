@@ -18,12 +18,14 @@ import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
+from compressor.model import skeleton
 
 if TYPE_CHECKING:
     from compressor.artifact import Artifact
@@ -57,14 +59,26 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     """
     from compressor.exporters import hf_config, tokenizer_files
 
-    write(folder / FILE, artifact.tensors())
+    modules = (name for name, _ in skeleton(artifact.config, artifact.kind).named_modules())
+    write(folder / FILE, artifact.tensors(), {name: number for number, name in enumerate(modules)})
     return [folder / FILE, *hf_config.export(artifact, folder), *tokenizer_files.export(artifact, folder)]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file; the bytes depend on names and values only. Tensors may share storage."""
+def write(path: Path, tensors: Mapping[str, Tensor], rank: Mapping[str, int] = MappingProxyType({})) -> None:
+    """One safetensors file; the bytes depend on names, ranks and values only. Tensors may share storage.
+
+    The same tensors of sister modules lie side by side, in the order of the modules' `rank`, so that one initializer
+    can be the weight of q, k and v (onnx_sites.py).
+    """
     assert sys.byteorder == "little", "the file format is little endian"
-    order = sorted(tensors, key=lambda n: (_size(tensors[n]) % ALIGNMENT != 0, -tensors[n].element_size(), n))
+
+    def place(name: str) -> tuple[Any, ...]:
+        module, _, leaf = name.rpartition(".")
+        aligned = _size(tensors[name]) % ALIGNMENT == 0
+        sisters = (module.rpartition(".")[0], leaf, rank.get(module, 0))
+        return (not aligned, -tensors[name].element_size(), *sisters, name)
+
+    order = sorted(tensors, key=place)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:

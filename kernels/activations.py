@@ -1,9 +1,9 @@
 """Quantization of activations, written as quantize-then-dequantize in float32.
 
 What every fused kernel and every ONNX body must reproduce for the same input. Each rule equals what the
-compressed-tensors runtimes compute, except `four_over_six`, which only our own ops offer: a block may
+compressed-tensors runtimes compute, except what only our own ops offer: `four_over_six`, by which a block may
 scale its largest value to 4 instead of 6 where that lowers its squared error (Cook et al., "Four Over
-Six", 2025), an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the
+Six", 2025), `int8_block`, which is what onnxruntime's MatMulNBits does to its inputs, an offset, and a rotation. The `_static` rules take one stored scale, all others find theirs when the
 model runs.
 All functions take x [..., K] of any float dtype and return float32 of the same shape.
 """
@@ -17,7 +17,9 @@ from compressor.kernels import codec
 
 # Float rule -> format of its codes; one stored scale for all tokens.
 STATIC_FLOATS = {f"{name}_static": format for name, format in codec.FLOATS.items()}
-ACTIVATIONS = ("none", "nvfp4", "mxfp4", "int8", "int6", "int8_static", "int6_static", "fp8", *STATIC_FLOATS)
+ACTIVATIONS = (
+    "none", "nvfp4", "mxfp4", "int8", "int8_block", "int6", "int8_static", "int6_static", "fp8", *STATIC_FLOATS,
+)  # fmt: skip
 # Integer rule -> bits of its codes; one scale for all tokens, or one for each.
 STATIC_BITS = {"int8_static": 8, "int6_static": 6}
 TOKEN_BITS = {"int8": 8, "int6": 6}
@@ -32,13 +34,15 @@ def quantize(
     input_offset: Tensor | None = None,
     input_shift: Tensor | None = None,
     hadamard: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """Apply one rule of ACTIVATIONS, under rule "none" too to x - input_offset where there is an offset [K], or to
     2^input_shift x where there is a shift, int8 [K].
 
     Where `hadamard` is not 0, x is rotated in blocks of that size before anything else.
 
-    `nvfp4` needs the float32 [1] divisor `input_global_scale`, the static rules the multiplier `input_scale` [1].
+    `nvfp4` needs the float32 [1] divisor `input_global_scale`, the static rules the multiplier `input_scale` [1],
+    `int8_block` the block size of the weight.
     """
     x = x.float()
     if hadamard:
@@ -60,6 +64,8 @@ def quantize(
         return float_with(x, input_scale.float(), STATIC_FLOATS[rule])
     if rule in TOKEN_BITS:
         return int_per_token(x, TOKEN_BITS[rule])
+    if rule == "int8_block":
+        return int8_blocks(x, block)
     return {"mxfp4": mxfp4, "fp8": fp8_per_token}[rule](x)
 
 
@@ -119,6 +125,18 @@ def int8_per_token(x: Tensor) -> Tensor:
 def int_per_token(x: Tensor, bits: int) -> Tensor:
     """One scale a token: amax / (2^(b-1) - 0.5), codes in [-2^(b-1), 2^(b-1) - 1]."""
     return int_with(x, token_scale(x, 2 ** (bits - 1) - 0.5), bits)
+
+
+def int8_blocks(x: Tensor, block: int) -> Tensor:
+    """One scale for each `block` values along K: amax / 127, codes in [-127, 127], found by multiplying with 127 / amax.
+
+    With the bits of MatMulNBits at accuracy level 4, so that a stock onnxruntime can multiply what was measured.
+    """
+    blocks = codec.blocks_of(x, block)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(amax, 127) / amax  # 127 / amax would be a reciprocal, rounded once more
+    inverse = torch.where(inverse.isinf(), 0, inverse)
+    return (torch.round(blocks * inverse) * (amax / 127)).flatten(-2)
 
 
 def int_with(x: Tensor, step: Tensor, bits: int) -> Tensor:

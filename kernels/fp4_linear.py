@@ -8,7 +8,8 @@ Contract, all on one device:
     input_global_scale   [1]         float32 divisor, only with activations="nvfp4"
     bias                 [N]         float, optional
     format               "nvfp4" | "mxfp4"
-    activations          "none" | "nvfp4" | "mxfp4" | "int8" | "fp8" (the last two: one scale a token)
+    activations          "none" | "nvfp4" | "mxfp4" | "int8_block" (one scale for each block of the weight's size)
+                         | "int8" | "fp8" (one scale a token)
     hadamard             block size of H, which rotates x first (activations.rotate); 0: no rotation
 `reference` is the specification: float32 arithmetic, weights dequantized in full. On a CPU the op runs the fused
 kernel where it was built (kernels/ort), whose sums have another order.
@@ -47,7 +48,8 @@ def reference(
     hadamard: int = 0,
 ) -> Tensor:
     weight = dequantize(weight_packed, weight_scale, weight_global_scale)
-    quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard)
+    block = codec.FORMATS[format].block
+    quantized = act.quantize(x, activations, input_global_scale, four_over_six, hadamard=hadamard, block=block)
     return torch.nn.functional.linear(quantized, weight, None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -6,6 +6,7 @@ Contract, all on one device; B rows, S queries, P keys, H heads, G key-value hea
     value    [B, P, Rv] with value_up [G E, Rv], value_bias [G E]; [B, P, G E] without
     mask     bool (True: attend) or float (added) that expands to [B, H, S, P]; optional
     causal   query s sees keys up to s + P - S
+    Where a mask of yes and no, causal or not, leaves a query nothing to see, y is 0, as it is in torch.
     y        [B, S, H E] in the dtype of query
 What stands between lifting and scores (rotary embeddings, norms of queries and keys) is done by the caller, who then
 gives that one lifted. `reference` is the specification and lifts everything; `chunked` lifts a few rows and heads at a
@@ -47,9 +48,7 @@ def reference(
         _heads(_lifted(given), kv_heads).repeat_interleave(heads // kv_heads, 1)
         for given in ((key, key_up, key_bias), (value, value_up, value_bias))
     )
-    bias = _bias(mask, causal, q.shape[2], k.shape[2], q)
-    scores = q @ k.mT * scale
-    out = (scores if bias is None else scores + bias).softmax(-1) @ v
+    out = _weights(q @ k.mT * scale, _seen(mask, causal, q.shape[2], k.shape[2], q)) @ v
     return out.transpose(1, 2).flatten(2)
 
 
@@ -65,16 +64,23 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _bias(mask: Tensor | None, causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
-    """What is added to scores: 0 or the lowest finite number for masks of yes and no."""
-    lowest = torch.finfo(like.dtype).min
-    if mask is not None and mask.dtype == torch.bool:
-        mask = like.new_zeros(()).masked_fill(~mask, lowest)
-    if causal:
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
-        triangle = like.new_zeros(()).masked_fill(~seen, lowest)
-        mask = triangle if mask is None else (mask + triangle).clamp_min(lowest)
-    return mask
+def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
+    """Mask and triangle as one: bool, or numbers where the mask is of numbers."""
+    if not causal:
+        return mask
+    triangle = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    if mask is None or mask.dtype == torch.bool:
+        return triangle if mask is None else mask & triangle
+    return mask.masked_fill(~triangle, torch.finfo(mask.dtype).min)
+
+
+def _weights(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """Softmax of what is seen, in float32 at least."""
+    wide = scores.float() if scores.dtype.itemsize == 2 else scores
+    if seen is not None and seen.dtype == torch.bool:
+        p = wide.masked_fill(~seen, torch.finfo(wide.dtype).min).softmax(-1)
+        return p.masked_fill(~seen.any(-1, keepdim=True), 0).to(scores.dtype)
+    return (wide if seen is None else wide + seen).softmax(-1).to(scores.dtype)
 
 
 @torch.no_grad()
@@ -120,8 +126,8 @@ def chunked(
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """torch's fused attention; q [B, H, S, E], k and v with G heads."""
     if causal and (mask is not None or q.shape[2] != k.shape[2]):  # torch's triangle starts at the first key
-        mask, causal = _bias(mask, q.shape[2] > 1, q.shape[2], k.shape[2], q), False
-    elif mask is not None and mask.dtype != torch.bool:
+        mask, causal = _seen(mask, True, q.shape[2], k.shape[2], q), False
+    if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -142,14 +148,14 @@ def _absorbed(query, key, value, mask, heads, kv_heads, scale, causal) -> Tensor
     values, up, bias = value
     shared = heads // kv_heads
     scores = torch.einsum("bgnse,bgpe->bgnsp", q.unflatten(1, (kv_heads, shared)), k).flatten(1, 2) * scale
-    added = _bias(mask, causal and q.shape[2] > 1, q.shape[2], k.shape[2], q)
-    p = (scores if added is None else scores + added).float().softmax(-1).to(q.dtype)
+    p = _weights(scores, _seen(mask, causal, q.shape[2], k.shape[2], q))
     weighed = (p.flatten(1, 2) @ values).unflatten(1, (heads, -1))  # [B, H, S, Rv]
     up = up.to(q.dtype).unflatten(0, (kv_heads, -1)).repeat_interleave(shared, 0)  # [H, E, Rv]
-    y = (weighed @ up.mT).transpose(1, 2).flatten(2)
-    if bias is None:
-        return y
-    return y + bias.to(q.dtype).unflatten(0, (kv_heads, -1)).repeat_interleave(shared, 0).flatten()
+    y = weighed @ up.mT
+    if bias is not None:  # times the sum of p, which is 1, or 0 where nothing is seen
+        wide = bias.to(q.dtype).unflatten(0, (kv_heads, -1)).repeat_interleave(shared, 0)  # [H, E]
+        y += p.sum(-1, keepdim=True) * wide[:, None]
+    return y.transpose(1, 2).flatten(2)
 
 
 @functools.wraps(reference)  # for its signature

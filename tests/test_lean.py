@@ -119,6 +119,23 @@ def test_a_cache_is_filled_as_ever(tiny: Tiny, plain_torch: None) -> None:
     assert torch.equal(lean(model, row_tokens=13).generate(**given, **options), before)  # type: ignore[operator]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "kept"), [("llama", 1), ("phi", 1), ("gemma2", 4)])
+def test_the_cache_holds_values_in_rank_space(kind: str, kept: int, tiny: Tiny, plain_torch: None) -> None:
+    """Rank 12 in one pseudo-head of 16 numbers instead of 4 heads; a model with a soft cap keeps its values."""
+    model, given = low_rank(tiny(kind, **({} if kind == "phi" else {"num_key_value_heads": 4}))), texts()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
+    tokens = model.generate(**given, **options)  # type: ignore[operator]
+    before = model(**given)
+    lean(model, row_tokens=13, rank_values=True)
+    after = model(**given)
+    assert [t.shape[1] for t in (after[1].layers[0].keys, after[1].layers[0].values)] == [4, kept]
+    assert off(after[0], before[0]) < SAME
+    assert torch.equal(model.generate(**given, **options), tokens)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="runs lean already; load it with lean=False"):
+        lean(model)
+
+
 def test_gradients_are_those_of_the_linears(tiny: Tiny) -> None:
     grads = []
     for change in (lambda model: model, lambda model: lean(model, row_tokens=13)):

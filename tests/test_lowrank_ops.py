@@ -78,7 +78,8 @@ def test_full_rank_is_the_dense_layer(tokens: int) -> None:
     half = [w.bfloat16() for w in (w1, w2, w3)]
     dense = F.linear(F.silu(F.linear(x, half[0], b.bfloat16())) * F.linear(x, half[1]), half[2])
     given = full_rank(w1, b), full_rank(w2, None), full_rank(w3, None)
-    exact = F.linear(F.silu(F.linear(x.double(), w1.double(), b.double())) * F.linear(x.double(), w2.double()), w3.double())
+    x64, *w64 = (t.double() for t in (x, w1, w2, w3))
+    exact = F.linear(F.silu(F.linear(x64, w64[0], b.double())) * F.linear(x64, w64[1]), w64[2])
     allowed = BF16 + off(dense, exact)  # two bfloat16 results, each with an error of its own
     assert off(ffn.chunked(x, *given, "silu", tokens=64), dense) < allowed
     assert off(ffn.lowrank_ffn(x, *flat(*given), "silu"), dense) < allowed
@@ -99,8 +100,8 @@ def attention_inputs(seed: int, rows: int, queries: int, keys: int, heads: int, 
 
 
 def masks(rows: int, queries: int, keys: int) -> list[Tensor | None]:
-    """None, padding on the left and on the right, added numbers."""
-    lengths = torch.randint(1, keys + 1, (rows, 1, 1, 1), generator=rng(9))
+    """None, padding on the left and on the right, a row of nothing else, added numbers."""
+    lengths = torch.randint(0, keys + 1, (rows, 1, 1, 1), generator=rng(9))
     place = torch.arange(keys)
     right = (place < lengths).expand(rows, 1, queries, keys)
     left = (place >= keys - lengths).expand(rows, 1, queries, keys)
@@ -116,7 +117,6 @@ def test_attention_in_chunks_is_the_reference(ranked: str) -> None:
             last = (mask, heads, groups, size**-0.5, causal)
             tensors = [t[i] for i in range(3) for t in (q, k, v)]
             expected = attention.reference(*tensors, *last)
-            # Rows that see nothing average everything, in the reference as in torch.
             assert off(attention.lowrank_attention(*tensors, *last), expected) < EXACT
             assert off(attention.chunked(q, k, v, *last, lifted_bytes=1 << 12), expected) < EXACT
 

@@ -155,6 +155,7 @@ def ffn_case(n: int, k: int, activation: str, gated: bool, dtype: torch.dtype, r
 def cases(n: int) -> Iterator[Case]:
     """Every attribute value; K odd where the format's blocks permit, and beyond one panel of 768 columns."""
     rules = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False), ("int8", False), ("fp8", False)]
+    rules.append(("int8_block", False))
     for (rule, better), (format, k) in itertools.product(rules, [("nvfp4", 48), ("nvfp4", 544), ("mxfp4", 1600)]):
         if k % 32 == 0 or rule != "mxfp4":
             yield fp4_case(n, k, format, rule, better, bias=k != 48)
@@ -222,7 +223,7 @@ def test_every_op_computes_what_its_reference_computes(chosen: str, rows: int) -
                 assert close(case(x[:tokens]), case.reference(x)), (case.op, case.attributes, tokens)
 
 
-@pytest.mark.parametrize("rule", ["nvfp4", "four_over_six", "mxfp4", "int8", "fp8"])
+@pytest.mark.parametrize("rule", ["nvfp4", "four_over_six", "mxfp4", "int8", "int8_block", "fp8"])
 def test_inputs_are_rounded_to_the_same_bits(chosen: str, rule: str) -> None:
     """An identity of exact ones hands the rounded input through; 192 columns of the input at a time."""
     k = 192
@@ -352,7 +353,7 @@ def test_tensors_that_do_not_fit_are_one_sentence() -> None:
         (wide, 6, torch.zeros(4, 99), "its linears are 127 x 32 and 4 x 99, which do not follow one another"),
     ]:
         tensors = [*case.inputs[:at], other, *case.inputs[at + 1 :]]
-        tensors = tensors[:-2] + [None, None] if case is wide else tensors
+        tensors = [*tensors[:-2], None, None] if case is wide else tensors
         with pytest.raises(CompressorError, match=sentence):
             native.run(case.op, case.attributes, [torch.zeros(1, 32), *tensors], (1, 4), 1)
     with pytest.raises(CompressorError, match="id 9 is not one of the table's 4 rows"):

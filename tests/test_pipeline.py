@@ -103,14 +103,14 @@ def test_the_head_can_round_its_input(tiny, tiny_tokenizer, text, tmp_path, tied
     model = tiny("llama", tie_word_embeddings=tied)
     tables = ["embedding=nvfp4", "lm_head=nvfp4"]
     plain, rounding = (
-        compress(model, recipe("nvfp4a16", *tables, *more), tokenizer=tiny_tokenizer, data=text)
-        for more in ([], ["head_activations=int8"])
+        compress(model, recipe("nvfp4a16", *tables, *more, "runtime=compressor"), tokenizer=tiny_tokenizer, data=text)
+        for more in ([], ["head_activations=int8_block"])
     )
     rounding.save(tmp_path / "folder")
     loaded = load(tmp_path / "folder").model()
-    assert loaded.lm_head.attributes["activations"] == "int8"
+    assert loaded.lm_head.attributes["activations"] == "int8_block"
     hidden = torch.randn(3, model.config.hidden_size)
-    rounded = act.int8_per_token(hidden)
+    rounded = act.int8_blocks(hidden, 16)
     expected = rounded @ plain.model().lm_head.dequantize().T
     assert torch.allclose(loaded.lm_head(hidden), expected, atol=1e-5)
     assert not torch.allclose(plain.model().lm_head(hidden), expected, atol=1e-5)
@@ -118,8 +118,8 @@ def test_the_head_can_round_its_input(tiny, tiny_tokenizer, text, tmp_path, tied
 
 
 def test_only_a_head_in_fp4_rounds_its_input():
-    with pytest.raises(RecipeError, match=r"'int8' go with lm_head nvfp4 or mxfp4, and it is 'int8-row'; change one"):
-        recipe("nvfp4a16", "lm_head=int8-row", "embedding=int8-row", "head_activations=int8")
+    with pytest.raises(RecipeError, match=r"'int8_block' go with lm_head nvfp4 or mxfp4, and it is 'int8-row'; change one"):
+        recipe("nvfp4a16", "lm_head=int8-row", "embedding=int8-row", "head_activations=int8_block")
 
 
 def test_a_tied_pair_takes_one_format(tiny, tiny_tokenizer, text):

@@ -112,7 +112,7 @@ def test_the_node_of_a_table_with_a_multiplier_ends_behind_it(tiny: Any, tiny_to
     artifact = compress(tiny("gemma3", num_hidden_layers=1), recipe("nvfp4"), tokenizer=tiny_tokenizer)
     folder = artifact.save(tmp_path / "out")
     graph = read_graph(folder)
-    _, target = compressed_nodes(graph, artifact.packed)["model.embed_tokens"]
+    _, target, _ = compressed_nodes(graph, artifact.packed)["model.embed_tokens"]
     expose(graph, [target])
     found = torch.from_numpy(OnnxSession(folder, graph).run(IDS)[target])
     assert torch.equal(found, build(artifact.packed["model.embed_tokens"])(IDS))

@@ -25,8 +25,8 @@ from compressor.statistics import AbsMax, BlockNoise, ChannelSquare, Gram, Stati
 WEIGHT_ONLY = "none"
 # Which activation rules a runtime (or one of our ops) can pair with each weight format.
 PAIRS: dict[str, tuple[str, ...]] = {
-    "nvfp4": ("none", "nvfp4", "fp8", "int8"),
-    "mxfp4": ("none", "mxfp4", "fp8", "int8"),
+    "nvfp4": ("none", "nvfp4", "fp8", "int8", "int8_block"),
+    "mxfp4": ("none", "mxfp4", "fp8", "int8", "int8_block"),
     "int2": ("none",),
     "int4": ("none",),
     "int8": ("none", "int8"),
@@ -60,7 +60,7 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Quantize:
     weights: Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"] = "nvfp4"
-    activations: Literal["none", "nvfp4", "mxfp4", "int8", "fp8"] = "none"
+    activations: Literal["none", "nvfp4", "mxfp4", "int8", "int8_block", "fp8"] = "none"
     group_size: int | None = None
     on_misfit: Literal["smaller", "pad", "keep"] = "smaller"
     scales: Literal["absmax", "four_over_six", "mse", "weighted"] = "weighted"

@@ -35,7 +35,8 @@ FP4Linear::FP4Linear(const Attributes& attributes) {
   const std::string format = attributes.text("format");
   if (format != "nvfp4" && format != "mxfp4") throw unknown(op, "format", format, "nvfp4, mxfp4");
   nvfp4 = format == "nvfp4";
-  rule = rounding(op, attributes.text("activations"), "none, nvfp4, mxfp4, int8, fp8");
+  rule = rounding(op, attributes.text("activations"), "none, nvfp4, mxfp4, int8, int8_block, fp8");
+  rule.size = nvfp4 ? 16 : 32;
   rule.four_over_six = attributes.integer("four_over_six") != 0;
   set_hadamard(op, rule, attributes.integer("hadamard"));
 }

@@ -1,31 +1,6 @@
 // Activation functions (kernels/lowrank_ffn.py), in loops that the compiler turns into vectors: no calls, no branches.
 // Included as isa_body.h is.
 
-inline float bits_as_float(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// e^x to 2 units in the last place for -87 <= x <= 88, and constant beyond; NaN stays one.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.442695041f + 12582912.0f;  // its low bits are the integer next to x / ln 2
-  const float whole = shifted - 12582912.0f;
-  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;  // Cephes' expf: e^r on [-ln 2 / 2, ln 2 / 2]
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, 4);
-  return p * bits_as_float((bits << 23) + 0x3F800000u);
-}
-
 template <Activation KIND>
 inline float activated(float x) {
   if constexpr (KIND == Activation::RELU) return x < 0 ? 0.0f : x;

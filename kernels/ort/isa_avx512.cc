@@ -100,6 +100,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
-                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, activate};
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, swiglu, activate};
 
 }  // namespace compressor

@@ -249,7 +249,7 @@ void decode(const Matrix& m, int64_t row, float* out) {
   });
 }
 
-// --- rounding of inputs, as kernels/activations.py ------------------------------------------------------------------
+// --- SwiGLU -------------------------------------------------------------------------------------------------------
 
 inline float power_of_two(int exponent) {  // of a normal number
   const uint32_t bits = uint32_t(exponent + 127) << 23;
@@ -257,6 +257,24 @@ inline float power_of_two(int exponent) {  // of a normal number
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
+
+// e^x to 1e-7 of itself: e^r of the rest r after whole powers of two, by Cephes' polynomial.
+inline float exponential(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  x = x < 88.0f ? x : 88.0f;
+  const float n = __builtin_rintf(x * 1.44269504088896341f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = ((p * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r;
+  p = (p + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+  return (p * (r * r) + r + 1.0f) * power_of_two(int(n));
+}
+
+void swiglu(const float* x, int64_t half, float* y) {
+  for (int64_t i = 0; i < half; ++i) y[i] = x[i] / (1.0f + exponential(-x[i])) * x[half + i];
+}
+
+// --- rounding of inputs, as kernels/activations.py ------------------------------------------------------------------
 
 // The nearest value of a float of few bits, ties to even, saturating.
 struct Grid {
@@ -365,6 +383,15 @@ void round_blocks(const Rounding& r, int64_t columns, float* x, float* steps) {
       for (int64_t b = 0; b < columns / 32; ++b, x += 32) {
         const float step = steps[b] = mxfp4_step(largest(x, 32));
         for (int i = 0; i < 32; ++i) x[i] = e2m1(x[i] / step);
+      }
+      return;
+    }
+    case Rule::INT_BLOCK: {
+      for (int64_t b = 0; b < columns / r.size; ++b, x += r.size) {
+        const float top = largest(x, r.size), quotient = 127 / top;
+        const float inverse = quotient > 3.402823466e+38f ? 0 : quotient;  // of zeros, and of what is next to them
+        steps[b] = top / 127;
+        for (int64_t i = 0; i < r.size; ++i) x[i] = __builtin_rintf(x[i] * inverse);
       }
       return;
     }

@@ -77,6 +77,6 @@ bool always() { return true; }
 }  // namespace
 
 extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                             nullptr, nullptr, nullptr, nullptr, gptq, activate};
+                             nullptr, nullptr, nullptr, nullptr, gptq, swiglu, activate};
 
 }  // namespace compressor

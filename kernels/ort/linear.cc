@@ -58,16 +58,17 @@ void linear(const Matrix& m, const Rounding& r, const float* x, int64_t tokens, 
   const Isa& kernels = isa();
   const int64_t block = r.block(m.columns);
   const bool fp4 = r.rule == Rule::NVFP4 || r.rule == Rule::MXFP4;
-  if (m.is_fp4 && (fp4 || r.rule == Rule::INT_TOKEN) && m.shift() >= 0 && kernels.fp4_gemm) {
+  const bool blocks = fp4 || r.rule == Rule::INT_BLOCK;
+  if (m.is_fp4 && (blocks || r.rule == Rule::INT_TOKEN) && m.shift() >= 0 && kernels.fp4_gemm) {
     const int64_t row_bytes = kernels.fp4_bytes(m.columns);
     auto prepare = [&](int64_t, int64_t token, int64_t, const float* codes, const float* steps, uint8_t* arranged) {
       kernels.fp4_arrange(codes, steps, m.columns, block, fp4 ? 0.5f : 1.0f, arranged + token * row_bytes);
     };
     auto product = [&](int64_t first, int64_t last, const uint8_t* arranged, int64_t, int64_t count, float* out) {
       if (count == 1)
-        kernels.fp4_gemv(m, first, last, arranged, fp4, out);
+        kernels.fp4_gemv(m, first, last, arranged, blocks, out);
       else
-        kernels.fp4_gemm(m, first, last, arranged, fp4, count, out);
+        kernels.fp4_gemm(m, first, last, arranged, blocks, count, out);
       add_bias(m, first, last, bias, count, out);
     };
     return in_parts(m, r, x, tokens, y, size_t(row_bytes), threads, prepare, product);
@@ -122,6 +123,8 @@ Rounding rounding(const char* op, const std::string& activations, const char* al
     r.rule = Rule::NVFP4;
   } else if (name == "mxfp4") {
     r.rule = Rule::MXFP4;
+  } else if (name == "int8_block") {
+    r.rule = Rule::INT_BLOCK;
   } else if (name == "int8" || name == "int6") {
     r.rule = fixed ? Rule::INT_STATIC : Rule::INT_TOKEN;
     r.bits = name == "int8" ? 8 : 6;

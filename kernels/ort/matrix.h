@@ -62,19 +62,22 @@ const float* byte_values(const char* name);                      // of the 256 c
 
 enum class Activation { NONE, GELU, GELU_TANH, SILU, RELU };
 
-enum class Rule { NONE, NVFP4, MXFP4, INT_TOKEN, INT_STATIC, FLOAT_TOKEN, FLOAT_STATIC };
+enum class Rule { NONE, NVFP4, MXFP4, INT_BLOCK, INT_TOKEN, INT_STATIC, FLOAT_TOKEN, FLOAT_STATIC };
 
 // What kernels/activations.py does to a row before the product, in its order and with its bits.
 struct Rounding {
   Rule rule = Rule::NONE;
   int bits = 8;                     // integer rules
+  int64_t size = 0;                 // of the blocks of int8_block
   FloatFormat format{};             // float rules
   float scale = 1;                  // nvfp4: the divisor; static rules: the step
   bool four_over_six = false;
   int64_t hadamard = 0;
   const float* offset = nullptr;    // [K], subtracted
   const int8_t* shift = nullptr;    // [K], exponents of two
-  int64_t block(int64_t columns) const { return rule == Rule::NVFP4 ? 16 : rule == Rule::MXFP4 ? 32 : columns; }
+  int64_t block(int64_t columns) const {
+    return rule == Rule::NVFP4 ? 16 : rule == Rule::MXFP4 ? 32 : rule == Rule::INT_BLOCK ? size : columns;
+  }
 };
 
 // The element grid that GPTQ rounds to, as LIMITS of methods/grid.py: lowest and highest code, smallest binade (0:
@@ -109,6 +112,7 @@ struct Isa {
   // Rows [first, last) of weight, step, codes and errors [N, K], u [K, K]; K <= GPTQ_COLUMNS (isa_gptq.h).
   void (*gptq)(const float* weight, const float* step, const float* u, int64_t first, int64_t last, int64_t columns,
                const GptqGrid&, float* codes, float* errors);
+  void (*swiglu)(const float* x, int64_t half, float* y);  // silu(x[i]) * x[half + i]
   // x = act(x), times `factor` unless that is null; `count` of each (isa_activation.h).
   void (*activate)(Activation, float* x, const float* factor, int64_t count);
 };
