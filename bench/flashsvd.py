@@ -268,15 +268,12 @@ def encoders(name: str, a: argparse.Namespace, kernels: dict[str, Any], common: 
         model = model.to(a.device, a.dtype)
         return lambda: model.encoder(x, attention_mask=mask)[0]
 
-    exact = None
-    if not a.cuda:
-        exact = copy.deepcopy(factored).float().encoder(x.float(), attention_mask=mask)[0]
+    wide = None if mask is None else mask.float()
+    exact = copy.deepcopy(factored).to(a.device).encoder(x.float(), attention_mask=wide)[0]
     table.row("dense", run(dense), None)
     for tokens in a.tokens:
         leaned = lean(copy.deepcopy(dense).cpu().float(), row_tokens=tokens, dense=True)
         table.row(f"dense, lean, {tokens} tokens", run(leaned), None)
-    if a.cuda:
-        exact = copy.deepcopy(factored).to(a.device).encoder(x.float(), attention_mask=mask)[0].clone()
     table.row("naive SVD", run(copy.deepcopy(factored)), exact)
     for tokens in a.tokens:
         table.row(f"ours, {tokens} tokens", run(lean(copy.deepcopy(factored).cpu(), row_tokens=tokens)), exact)

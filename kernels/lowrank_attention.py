@@ -130,6 +130,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None:  # of which torch has no fused kernel on GPUs
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
