@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.layers import Packed, QuantEmbedding, build, hold_dense
+from compressor.lean import lean as run_lean
 from compressor.model import skeleton
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe
+from compressor.structure import Structure, reshape
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Artifact:
     packed: dict[str, Packed]  # by module name; all tensors are on the CPU
     kept: dict[str, Tensor]  # by tensor name
     tied: dict[str, str]  # tensor name -> the tensor it is; only the latter is stored
+    structure: Structure = field(default_factory=dict)  # where modules have not the shapes of `config`
     record: dict[str, Any] = field(default_factory=dict)  # what the manifest says of the run
     generation_config: Any | None = None
 
@@ -38,14 +41,20 @@ class Artifact:
         return {name: names[name] for name in sorted(names) if name not in self.tied}
 
     def model(
-        self, dtype: torch.dtype = torch.float32, *, dense: bool = False, device: str | torch.device = "cpu"
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        dense: bool = False,
+        lean: bool | None = None,
+        device: str | torch.device = "cpu",
     ) -> nn.Module:
         """A runnable transformers model on the stored tensors, in eval mode; inputs and outputs in `dtype`.
 
         dense=True holds the dequantized weights (4 bytes each) so that repeated forwards are several times faster;
-        the arithmetic is the same.
+        the arithmetic is the same. lean: whether linears of low rank run without activations of full width
+        (docs/flashsvd.md); None: as the recipe says.
         """
-        model = skeleton(self.config, self.kind, dtype)
+        model = reshape(skeleton(self.config, self.kind, dtype), self.structure)
         for name, packed in self.packed.items():
             module = build(packed)
             if isinstance(module, QuantEmbedding):
@@ -67,7 +76,10 @@ class Artifact:
                 owner._parameters[alias.rpartition(".")[2]] = source._parameters[name.rpartition(".")[2]]
         missing = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
         assert not missing, f"tensors without a value: {missing[:5]}"
-        model = model.to(device).eval()
+        model = model.eval()
+        if self.recipe.lean if lean is None else lean:
+            run_lean(model)
+        model = model.to(device)
         return hold_dense(model) if dense else model
 
     def save(self, folder: str | Path, *, force: bool = False, progress: Progress = Silent()) -> Path:

@@ -164,7 +164,7 @@ def _run(
     coverage = manifest["coverage"]
     result = {
         "folder": str(folder),
-        "size_before": coverage["parameters"] * 2,
+        "size_before": coverage["original_parameters"] * 2,
         "size_after": coverage["size_bytes"],
         "bits_per_weight": coverage["bits_per_compressed_weight"],
         "coverage": coverage["share"],

@@ -24,7 +24,10 @@ from compressor.recipe import Recipe
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 MANIFEST_FORMAT = 1
-RECORD = ("model", "calibration", "steps", "layers", "kept", "graph", "quality")  # the manifest's, of Artifact.record
+# The manifest's entries that are Artifact.record's.
+RECORD = (
+    "model", "calibration", "steps", "layers", "kept", "parameters", "ledger", "structure", "graph", "quality"
+)  # fmt: skip
 
 
 def is_artifact(folder: str | Path | None) -> bool:
@@ -102,7 +105,7 @@ def manifest_of(artifact: Artifact, folder: Path) -> dict[str, Any]:
         # Hashed in memory: what the file is checked against is what was measured, not what was written.
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         tensors[name] = {"shape": list(tensor.shape), "sha256": hashlib.sha256(raw.data).hexdigest()}
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(),
@@ -142,7 +145,7 @@ def load(folder: str | Path) -> Artifact:
     """The Artifact of a folder that `write` made. Raises ModelError."""
     from transformers import AutoConfig, GenerationConfig
 
-    from compressor.exporters.hf_config import packed_from
+    from compressor.exporters.hf_config import packed_from, structure_from
     from compressor.exporters.safetensors_file import read
     from compressor.model import load_tokenizer
 
@@ -166,6 +169,7 @@ def load(folder: str | Path) -> Artifact:
         packed=packed,
         kept={name: t for name, t in tensors.items() if not name.startswith(inside)},
         tied=tied,
+        structure=structure_from(raw),
         generation_config=GenerationConfig.from_pretrained(folder) if generation.is_file() else None,
         record={k: manifest[k] for k in RECORD if k in manifest},
     )
@@ -178,6 +182,7 @@ def coverage(artifact: Artifact) -> dict[str, Any]:
     rest = sum(t.numel() for t in artifact.kept.values())
     stored = sum(t.numel() * t.element_size() for t in artifact.tensors().values())
     return {
+        "original_parameters": artifact.record.get("parameters", compressed + rest),
         "parameters": compressed + rest,
         "compressed_parameters": compressed,
         "share": round(compressed / max(1, compressed + rest), 4),

@@ -21,12 +21,15 @@ LARGE_ELEMENTS, LARGE_SHARE = 4096, 1e-5
 OUTSIDE_SHARE = 0.10
 
 
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the repeated blocks in order. Raises ModelError when there is not exactly one list of them."""
+def blocks(model: nn.Module, kind: type[nn.Module] = nn.Linear) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the repeated blocks in order. Raises ModelError when there is not exactly one list of them.
+
+    kind: what at least one module of a block is; a stored model need not have an nn.Linear any more.
+    """
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-            if any(isinstance(m, nn.Linear) for m in module.modules()):
+            if any(isinstance(m, kind) for m in module.modules()):
                 lists.append(name)
     if len(lists) != 1:
         found = f"{len(lists)} ({', '.join(lists)})" if lists else "none"

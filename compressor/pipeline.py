@@ -1,4 +1,4 @@
-"""The straight line: recipe -> model -> [calibrate -> plan -> apply] per step and block -> Artifact.
+"""The straight line: recipe -> model -> [calibrate -> reshape | plan -> apply] per step and block -> Artifact.
 
 The model that comes in is read and never changed: methods are pure and what they return lives in the Artifact,
 so the original is still there to measure against. Steps work on a twin that shares its tensors.
@@ -6,7 +6,8 @@ so the original is still there to measure against. Steps work on a twin that sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
@@ -24,11 +25,25 @@ from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
-from compressor.methods.transform import Transform, stores
-from compressor.model import Loaded, as_loaded, embedding_name, is_tied, linears, load_model, twin, unaccounted, untie
+from compressor.methods.structural import Structural
+from compressor.methods.transform import Transform, amends, stores
+from compressor.model import (
+    Loaded,
+    as_loaded,
+    embedding_name,
+    is_tied,
+    linears,
+    load_model,
+    skeleton,
+    twin,
+    unaccounted,
+    untie,
+)
+from compressor.paired import calibrate_pairs
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step, shares_a_budget
-from compressor.sensitivity import output_fisher
+from compressor.sensitivity import Fisher, output_fisher
+from compressor.structure import Structure, as_json, between, hollow, unit_of
 from compressor.table_budget import auto_tables, head_among, weighed
 from compressor.tables import HEAD_WINDOWS, head_importance, pack_tables, place_tables
 
@@ -64,11 +79,10 @@ class Plan:
     """What a recipe will do to a model, before any calibration."""
 
     rows: list[Row]
-    bytes_before: int = field(init=False)
+    bytes_before: int  # of the original's weight matrices, whatever takes their place
     bytes_after: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bytes_before = sum(r.bytes_before for r in self.rows)
         self.bytes_after = sum(r.bytes_after for r in self.rows)
 
 
@@ -121,10 +135,25 @@ def compress(
     working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
-    stored = {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
+    stored = _stored(placements, outlined(loaded.model, recipe))
+    structure: Structure = {}
     reports: dict[str, Any] = {}
+    ledger: list[dict[str, Any]] = []  # what is left of the model after each step that changed its shapes
     decided: dict[str, str] = {}  # the formats of tables that are auto
     for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step.options, Structural):
+            reports[f"{number} {step.method}"] = _reshape(working, step, recipe, run)
+            structure = between(skeleton(working.config, loaded.kind), working)
+            placements, _ = _place(working, recipe, number)
+            stored = _stored(placements, outlined(working, recipe, number))
+            ledger.append({"after": f"{number} {step.method}", "parameters": _count(working)})
+            if held_out is not None:
+                ledger[-1] |= _quality(loaded, working, held_out, run)
+            continue
+        if amends(step.options):
+            changed, reports[f"{number} {step.method}"] = _amend(working, step, packed, recipe, run)
+            packed |= changed
+            continue
         names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
             decisions = _fold(working, step, stored, run)
@@ -148,6 +177,7 @@ def compress(
         packed=packed,
         kept=kept,
         tied=tied,
+        structure=structure,
         generation_config=getattr(loaded.model, "generation_config", None),
         record={
             "model": loaded.source,
@@ -158,9 +188,90 @@ def compress(
             | {n: p.kept for n, (_, p) in tables.placements.items() if p.kept},
         },
     )
+    if ledger:
+        artifact.record |= {"parameters": _count(loaded.model), "ledger": ledger, "structure": as_json(structure)}
     if held_out is not None:
-        artifact.record["quality"] = _quality(loaded, artifact, held_out, run)
+        compressed = artifact.model(dense=True, device=run.device)
+        artifact.record["quality"] = _quality(loaded, compressed, held_out, run)
     return artifact
+
+
+def _amend(
+    model: nn.Module, step: Step, packed: Mapping[str, Packed], recipe: Recipe, run: Run
+) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """What one step adds to the targeted linears among `packed`, block by block, and its report."""
+    options = step.options
+    layers = {n: m for n, m in linears(model).items() if n in packed and _targeted(step, n)}
+    decisions = _decide(model, step, set(layers), recipe, run, packed)
+    made: dict[str, Packed] = {}
+    report: dict[str, Any] = {}
+
+    def amend_block(part: Calibration) -> None:
+        inside = {n: m for n, m in layers.items() if n in part}
+        changed, rows = options.amend(inside, part, packed, decisions)
+        made.update(changed)
+        report.update(rows)
+
+    calibrate_blocks(model, run.windows, options.needs(), amend_block, layers, run.progress, run.device, run.dtype)
+    return made, report
+
+
+def _decide(
+    model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: Run, packed: Mapping[str, Packed] | None = None
+) -> Any:
+    """Decisions over the whole model from a survey of one block at a time; packed: of a step that amends."""
+    options = step.options
+    layers = {n: m for n, m in linears(model).items() if n in names}
+    looked: list[Any] = []
+    if needs := options.survey_needs():
+        fisher = _fisher(model, list(layers), recipe, run)
+
+        def look(part: Calibration) -> None:
+            inside = {n: m for n, m in layers.items() if n in part}
+            looked.append(options.survey(inside, part, fisher, *([] if packed is None else [packed])))
+
+        windows = run.windows[:SURVEY_WINDOWS]
+        calibrate_blocks(model, windows, needs, look, names, run.progress, run.device, run.dtype)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return options.decide(reduce(or_, looked) if looked else None, shapes)
+
+
+def _fisher(model: nn.Module, names: list[str], recipe: Recipe, run: Run, rows: str | None = None) -> Fisher:
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return output_fisher(model, run.windows[:FISHER_WINDOWS], names, generator, run.progress, run.device, rows)
+
+
+def _stored(placements: Mapping[str, tuple[Step | None, Placement]], model: nn.Module) -> set[str]:
+    """The linears that some step packs, and those whose factors it packs; `model` has the shapes that are packed."""
+    names = {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
+    return names | {unit_of(model, n) for n in names}
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """One structural step on the targeted linears: `model` has modules of other shapes afterwards."""
+    options = step.options
+    names = {n for n in linears(model) if _targeted(step, n)}
+    decisions = (_decide if hasattr(options, "decide") else _survey)(model, step, names, recipe, run)
+    needs = options.needs()
+    seen = run.windows if needs else run.windows[:1]
+    if options.whole:
+        found = calibrate(model, seen, needs, names, run.progress, run.device, run.dtype)
+        return options.reshape(model, found, decisions)
+    parts: list[dict[str, Any]] = []
+
+    def reshape_block(part: Calibration) -> None:
+        parts.append(options.reshape(model, part, decisions))
+
+    if getattr(options, "paired", False):
+        calibrate_pairs(model, twin(model), seen, reshape_block, names, run.progress, run.device, run.dtype)
+        return reduce(or_, parts, {})
+    sequential = options.sequential and bool(needs)
+    calibrate_blocks(model, seen, needs, reshape_block, names, run.progress, run.device, run.dtype, sequential)
+    return reduce(or_, parts, {})
 
 
 def _fold(model: nn.Module, step: Step, stored: set[str], run: Run) -> Any:
@@ -203,11 +314,8 @@ def _survey(model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: 
     head, embedding = head_among(model, tables), embedding_name(model)
     fisher = None
     if options.sensitivity == "kl":
-        generator = torch.Generator().manual_seed(recipe.seed)
         asked = [*layers, *([head] if head else [])]
-        rows = embedding if embedding in tables else None
-        few = windows[:FISHER_WINDOWS]
-        fisher = output_fisher(model, few, asked, generator, run.progress, run.device, rows)
+        fisher = _fisher(model, asked, recipe, run, embedding if embedding in tables else None)
     if not tables:
         return options.survey(layers, calibration, fisher)
     importance = head_importance(model, windows[:HEAD_WINDOWS]) if head else None
@@ -259,15 +367,29 @@ def plan_of(model: nn.Module | str | Path | None, recipe: Recipe) -> Plan:
     """Every weight matrix, what happens to it and the bytes it will take. No calibration text is read."""
     loaded = _load(model, recipe, None)
     rows = []
+    model = outlined(loaded.model, recipe)
     inside, tables = _place(loaded.model, recipe)
-    placed = [(n, tuple(m.weight.shape), inside[n][1]) for n, m in linears(loaded.model).items()]
+    placed = [(n, tuple(m.weight.shape), inside[n][1]) for n, m in linears(model).items()]
     placed += [(n, shape, place) for n, (shape, place) in tables.items()]
     for name, shape, place in placed:
         weights = shape[0] * shape[1]
         after = place.size_bytes or weights * 2
         action = place.kept or (place.format or "") + (f" g{place.group_size}" if place.group_size else "")
         rows.append(Row(name, shape, action, after * 8 / weights, weights * 2, after, place.note))
-    return Plan(rows)
+    inside_before = sum(m.weight.numel() for m in linears(loaded.model).values())
+    return Plan(rows, 2 * (inside_before + sum(shape[0] * shape[1] for shape, _ in tables.values())))
+
+
+def outlined(model: nn.Module, recipe: Recipe, done: int = 0) -> nn.Module:
+    """The model with the shapes that the budgets of the recipe's structural steps imply, and then without values.
+
+    model   what comes in, or the working model after the first `done` steps
+    """
+    steps = [step for step in recipe.steps[done:] if isinstance(step.options, Structural)]
+    model = hollow(model) if steps else model
+    for step in steps:
+        step.options.outline(model, [n for n in linears(model) if _targeted(step, n)])
+    return model
 
 
 def _load(model: nn.Module | str | Path | None, recipe: Recipe, tokenizer: Any) -> Loaded:
@@ -284,13 +406,17 @@ def _as_stored(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _place(
-    model: nn.Module, recipe: Recipe
+    model: nn.Module, recipe: Recipe, done: int = 0
 ) -> tuple[dict[str, tuple[Step | None, Placement]], dict[str, tuple[tuple[int, int], Placement]]]:
     """The step that takes each linear, and what it will do; shape and placement of each table.
 
+    model   what comes in, or the working model after the first `done` steps
     Raises RecipeError and ModelError for what nobody takes.
     """
+    if any(isinstance(step.options, Structural) for step in recipe.steps[done:]):
+        model = hollow(model)
     layers = linears(model)
+    reshaped: dict[str, str] = {}
     placed: dict[str, tuple[Step | None, Placement]] = {}
     misfits: list[str] = []
     stored = _as_stored(model, recipe)
@@ -301,17 +427,33 @@ def _place(
             raise RecipeError(
                 f"{where}: only our own ops compute four_over_six activations; set runtime: compressor too, or drop it."
             )
-        for pattern in step.targets:
+        for pattern in step.targets if number > done else ():
             if not any(fnmatchcase(n, pattern) for n in layers):
                 raise RecipeError(
                     f"{where}: target '{pattern}' matches no linear of this model; names look like "
                     f"{', '.join(list(layers)[:3])}."
                 )
-        if isinstance(step.options, Transform):  # it must not find linears that are stored already
-            if done := next((n for n, (owner, _) in placed.items() if owner is not None), None):
+        if isinstance(step.options, Transform | Structural):  # it must not find linears that are stored already
+            if taken := next((n for n, (owner, _) in placed.items() if owner is not None), None):
                 raise RecipeError(
-                    f"{where}: {done} is already compressed by an earlier step; put {step.method} before it."
+                    f"{where}: {taken} is already compressed by an earlier step; put {step.method} before it."
                 )
+        if isinstance(step.options, Structural):
+            if number > done:
+                step.options.outline(model, [n for n in layers if _targeted(step, n)])
+                layers = linears(model)
+            reshaped |= {n: f"{where}: bf16" for n in layers if _targeted(step, unit_of(model, n))}
+        if amends(step.options):
+            for name, (owner, place) in placed.items():
+                if owner is not None and place.kept is None and _targeted(step, name):
+                    if owner.options.sequential:
+                        raise RecipeError(
+                            f"{where}: needs the weights that {owner.method} replaces where sequential is true; set "
+                            f"{owner.method}.sequential=false."
+                        )
+                    size = place.size_bytes + step.options.extra_bytes(*layers[name].weight.shape)
+                    note = f"{place.note}; " if place.note else ""
+                    placed[name] = (owner, replace(place, size_bytes=size, note=f"{note}{step.method} on average"))
         if not stores(step.options):
             continue
         for name, layer in layers.items():
@@ -339,7 +481,7 @@ def _place(
                 f"set on_misfit: pad or on_misfit: keep."
             )
     for name in layers:
-        placed.setdefault(name, (None, Placement(kept="in no step's targets")))
+        placed.setdefault(name, (None, Placement(kept=reshaped.get(name, "in no step's targets"))))
     if left := unaccounted(model, {f"{n}.weight" for n in layers}):
         listed = ", ".join(f"{n} {list(shape)}" for n, shape in left[:5])
         raise ModelError(
@@ -367,11 +509,11 @@ def _quality_windows(
     return rest if len(rest) else None
 
 
-def _quality(loaded: Loaded, artifact: Artifact, windows: Tensor, run: Run) -> dict[str, Any]:
+def _quality(loaded: Loaded, compressed: nn.Module, windows: Tensor, run: Run) -> dict[str, Any]:
     compare = evaluate.compare_encoders if loaded.kind == "encoder" else evaluate.compare
-    compressed = evaluate.torch_runner(artifact.model(dense=True, device=run.device))
-    with placed(loaded.model, run.device):
-        return compare(compressed, windows, evaluate.torch_runner(loaded.model), progress=run.progress)
+    with placed(loaded.model, run.device), placed(compressed, run.device):
+        runners = [evaluate.torch_runner(model) for model in (compressed, loaded.model)]
+        return compare(runners[0], windows, runners[1], progress=run.progress)
 
 
 def _on_cpu(packed: Packed) -> Packed:

@@ -66,8 +66,9 @@ class Recipe(_Frozen):
     embedding: TableChoice = "bf16"
     lm_head: TableChoice = "bf16"
     head_activations: Literal["none", "int8_block"] = "none"  # of a head in FP4
-    exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
+    exports: Annotated[list[Literal["safetensors", "onnx", "lora"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
+    lean: bool = True  # linears of low rank run without activations of full width
     steps: Annotated[list[Step], Field(min_length=1)]
 
     @classmethod

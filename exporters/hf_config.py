@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.layers import LAYERS, Packed
+from compressor.structure import Structure, as_json, from_json
 
 if TYPE_CHECKING:
     from compressor.artifact import Artifact
 
 SECTION = "compressor"
-SECTION_FORMAT = 1
+SECTION_FORMAT, RESHAPED = 1, 2  # the second has modules of other shapes than the config's
+
+REFUSAL = "none; open this folder with compressor.load, because "  # what transformers_loader.py recognizes
 
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 # A runtime rounds block scales to `scale_dtype` only when it is named.
@@ -72,6 +75,8 @@ def loads_in(artifact: Artifact) -> dict[str, str]:
     """{"transformers": "yes", or what a user of transformers should know instead}."""
     if reason := _reason(artifact, _stock_model(artifact)):
         return {"transformers": f"no: {reason}"}
+    if any("correction_down" in p.tensors for p in artifact.packed.values()):
+        return {"transformers": "without its low-rank correction, or with lora/adapter on lora/base"}
     if any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
         return {"transformers": "with activations rounded by abs-max instead of four-over-six"}
     return {"transformers": "yes"}
@@ -103,9 +108,10 @@ def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     if SECTION not in config:
         raise ModelError(f"config.json has no '{SECTION}' section, so the folder was not written by compressor.")
     section = config[SECTION]
-    if not isinstance(section, dict) or section.get("format") != SECTION_FORMAT:
+    if not isinstance(section, dict) or section.get("format") not in (SECTION_FORMAT, RESHAPED):
         raise ModelError(
-            f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT}; use the version that wrote it."
+            f"config.json: the '{SECTION}' section is not of format {SECTION_FORMAT} or {RESHAPED}; use the version "
+            f"that wrote it."
         )
     found = {}
     try:
@@ -120,6 +126,11 @@ def packed_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
             f"config.json and the weight file do not belong together: {error} is missing; write the folder again."
         ) from None
     return dict(sorted(found.items()))
+
+
+def structure_from(config: Mapping[str, Any]) -> Structure:
+    """The modules of a folder that have other shapes than its config says, by name. config as for `packed_from`."""
+    return from_json(config[SECTION].get("structure", []))
 
 
 def decompressed(folder: Path, artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
@@ -144,6 +155,8 @@ def _reason(artifact: Artifact, stock: nn.Module) -> str | None:
     """Why stock transformers cannot load this model, or None."""
     from transformers.pytorch_utils import Conv1D
 
+    for name, shaped in artifact.structure.items():
+        return f"{name} is a {shaped}, which the config of {type(stock).__name__} cannot say"
     for name, packed in artifact.packed.items():
         if why := expressible(packed):
             return f"{name}: {why}"
@@ -215,7 +228,7 @@ def _refusal(reason: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "dense",
-        "config_groups": {f"none; open this folder with compressor.load, because {reason}": ["Linear"]},
+        "config_groups": {f"{REFUSAL}{reason}": ["Linear"]},
         "ignore": [],
     }
 
@@ -226,7 +239,10 @@ def _section(artifact: Artifact) -> dict[str, Any]:
         packed = artifact.packed[name]
         group = {"kind": packed.kind, "attributes": packed.attributes, "tensors": sorted(packed.tensors)}
         modules.setdefault(json.dumps(group, sort_keys=True), {**group, "names": []})["names"].append(name)
-    return {"format": SECTION_FORMAT, "modules": list(modules.values()), "tied": dict(sorted(artifact.tied.items()))}
+    section = {"format": SECTION_FORMAT, "modules": list(modules.values()), "tied": dict(sorted(artifact.tied.items()))}
+    if artifact.structure:
+        section |= {"format": RESHAPED, "structure": as_json(artifact.structure)}
+    return section
 
 
 def _rope_for_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:

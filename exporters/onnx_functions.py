@@ -28,6 +28,7 @@ from compressor.exporters.onnx_nodes import (
     FLOAT8E5M2,
     INPUTS,
     INT32,
+    LOWEST,
     OPSET,
     OPTIONAL,
     SHAPE,
@@ -350,6 +351,68 @@ def _int_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
     return op.Reshape(rows, op.Concat(op.Shape(v["ids"]), [a["in_features"]], axis=0))
 
 
+def _low_rank(op: Body, x: ir.Value, v: Mapping[str, Any], prefix: str = "") -> ir.Value:
+    """x times the linear whose inputs begin with `prefix`: down, then up where there is one. Factors may be bf16."""
+    down, up, bias = (v[prefix + name] for name in ("down", "up", "bias"))
+    if up is None:
+        return _matmul(op, x, op.Cast(down, to=FLOAT), bias)
+    z = op.Gemm(op.Flatten(x, axis=-1), op.Cast(down, to=FLOAT), transB=1)
+    y = op.Gemm(z, op.Cast(up, to=FLOAT), *([] if bias is None else [bias]), transB=1)
+    return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), [-1], axis=0))
+
+
+def _lowrank_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    return _low_rank(op, v["x"], v)
+
+
+def _activated(op: Body, x: ir.Value, activation: str) -> ir.Value:
+    if activation == "relu":
+        return op.Relu(x)
+    if activation == "silu":
+        return op.Mul(x, op.Sigmoid(x))
+    if activation == "gelu":
+        return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Mul(x, 2**-0.5)), 1.0))
+    cube = op.Mul(op.Mul(x, x), x)
+    inner = op.Mul(op.Add(x, op.Mul(cube, 0.044715)), (2 / np.pi) ** 0.5)
+    return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(inner), 1.0))
+
+
+def _lowrank_ffn(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    hidden = _activated(op, _low_rank(op, v["x"], v, "in_"), a["activation"])
+    if v["mul_down"] is not None:
+        hidden = op.Mul(hidden, _low_rank(op, v["x"], v, "mul_"))
+    return _low_rank(op, hidden, v, "out_")
+
+
+def _lowrank_attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    heads, groups = a["heads"], a["kv_heads"]
+
+    def lifted(name: str, count: int) -> ir.Value:  # [B, count, S, E]
+        x = v[name]
+        if v[f"{name}_up"] is not None:
+            x = _matmul(op, x, op.Cast(v[f"{name}_up"], to=FLOAT), v[f"{name}_bias"])
+        return op.Transpose(op.Reshape(x, [0, 0, count, -1]), perm=[0, 2, 1, 3])
+
+    def repeated(x: ir.Value) -> ir.Value:  # [B, G, P, E] -> [B, H, P, E]
+        if groups == heads:
+            return x
+        size = op.Shape(x, start=2)
+        wide = op.Expand(op.Unsqueeze(x, [2]), op.Concat([1, 1, heads // groups], size, axis=0))
+        return op.Reshape(wide, op.Concat([0, heads], size, axis=0))
+
+    q, k, value = lifted("query", heads), repeated(lifted("key", groups)), repeated(lifted("value", groups))
+    scores = op.Mul(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), float(a["scale"]))
+    if v["mask"] is not None:
+        scores = op.Add(scores, v["mask"])
+    if a["causal"]:
+        queries, keys = (op.Squeeze(op.Shape(x, start=2, end=3)) for x in (q, k))
+        last = op.Add(op.Range(0, queries, 1), op.Sub(keys, queries))
+        seen = op.LessOrEqual(op.Range(0, keys, 1), op.Unsqueeze(last, [-1]))
+        scores = op.Max(op.Add(scores, op.Where(seen, 0.0, LOWEST)), LOWEST)
+    y = op.Transpose(op.MatMul(op.Softmax(scores, axis=-1), value), perm=[0, 2, 1, 3])
+    return op.Reshape(y, [0, 0, -1])
+
+
 def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     size = op.Shape(v["x"], start=-1)
     half = op.Div(size, [2])
@@ -380,6 +443,9 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "FloatLinear": _float_linear,
     "FP4Embedding": _fp4_embedding,
     "IntEmbedding": _int_embedding,
+    "LowRankLinear": _lowrank_linear,
+    "LowRankFFN": _lowrank_ffn,
+    "LowRankAttention": _lowrank_attention,
     "SwiGLU": _swiglu,
     "GroupQueryAttention": _attention,
 }

@@ -72,7 +72,7 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> dict[str, tuple[str, str, slice]]:
     """Module name -> (name of its input, name of its output, its part of the output's last axis), for all of `packed`.
 
-    The values are the module's, not the node's: before padding, after an embedding's multiplier.
+    The values are the module's, not the node's: before padding, after an embedding's multiplier or a correction.
     """
     domains = (onnx_nodes.DOMAIN, onnx_nodes.STOCK_DOMAIN)
     producer = {out: node for node in graph.graph.node for out in node.output}
@@ -92,9 +92,13 @@ def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> di
         if node.op_type in onnx_nodes.EMBEDDINGS and [n.op_type for n in users.get(target, [])] == ["Mul"]:
             target = users[target][0].output[0]
         first = 0
-        for name in modules:
+        for index, name in enumerate(modules):
             rows = packed[name].attributes["out_features"]
-            found[name] = (source, target, slice(first, first + rows) if len(modules) > 1 else slice(None))
+            value, part = target, slice(first, first + rows) if len(modules) > 1 else slice(None)
+            if "correction_down" in packed[name].tensors:
+                own = target if len(modules) == 1 else users[target][0].output[index]  # of the Split behind it
+                value, part = next(user for user in users[own] if user.op_type == "Add").output[0], slice(None)
+            found[name] = (source, value, part)
             first += rows
     return found
 

@@ -33,6 +33,15 @@ INPUTS = {
     ),
     "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
+    "LowRankLinear": ("x", "down", "up", "bias"),
+    "LowRankFFN": (
+        *("x", "in_down", "in_up", "in_bias", "mul_down", "mul_up", "mul_bias"),
+        *("out_down", "out_up", "out_bias"),
+    ),
+    "LowRankAttention": (
+        *("query", "key", "value", "query_up", "key_up", "value_up"),
+        *("query_bias", "key_bias", "value_bias", "mask"),
+    ),
     "SwiGLU": ("x",),
     "GroupQueryAttention": (
         "query",
@@ -48,9 +57,12 @@ INPUTS = {
         "attention_bias",
     ),
 }
+FACTORS = ("_down", "_up", "down", "up")  # how inputs end that are read in the dtype that the file has, bfloat16 too
 EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
 OPTIONAL |= {"key", "value", "cos_cache", "sin_cache", "position_ids", "attention_bias"}
+OPTIONAL |= {"in_up", "in_bias", "mul_down", "mul_up", "mul_bias", "out_up", "out_bias"}
+OPTIONAL |= set(INPUTS["LowRankAttention"][3:])
 SHAPE = ("K", "N")  # attributes that a body hands on: one body serves all shapes
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard", *SHAPE),
@@ -59,10 +71,14 @@ ATTRIBUTES = {
     "FloatLinear": ("format", "activations", "block_size"),
     "FP4Embedding": ("format", "block_size", "in_features"),
     "IntEmbedding": ("bits", "group_size", "in_features"),
+    "LowRankLinear": (),
+    "LowRankFFN": ("activation",),
+    "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
     "SwiGLU": (),
     "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }
 FLOAT, INT32, FLOAT8E4M3FN, FLOAT8E5M2 = 1, 6, 17, 19  # onnx.TensorProto
+LOWEST = -3.4028234663852886e38  # float32's, which masks add to what must not be attended to
 TENSOR_TYPES = [f"tensor({t})" for t in ("float", "bfloat16", "float8e4m3fn", "uint8", "int8", "int32", "int64")]
 
 
@@ -86,6 +102,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         fp8_linear,
         int_embedding,
         int_linear,
+        lowrank_attention,
+        lowrank_ffn,
+        lowrank_linear,
     )
 
     ops = torch.ops.compressor
@@ -96,6 +115,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         ops.float_linear.default: _emit_float_linear,
         ops.fp4_embedding.default: _emit_fp4_embedding,
         ops.int_embedding.default: _emit_int_embedding,
+        ops.lowrank_linear.default: _emit_lowrank_linear,
+        ops.lowrank_ffn.default: _emit_lowrank_ffn,
+        ops.lowrank_attention.default: _emit_lowrank_attention,
         ops.grouped_attention.default: onnx_attention.emit,
     }
 
@@ -234,3 +256,28 @@ def _emit_int_embedding(
 ) -> Any:
     attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
     return emit_node("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)
+
+
+def _emit_lowrank_linear(x: Any, down: Any, up: Any, bias: Any) -> Any:
+    return emit_node("LowRankLinear", (x, down, up, _float(bias)), {})
+
+
+def _emit_lowrank_ffn(x: Any, *given: Any, **named: Any) -> Any:
+    values = dict(zip(("x", *INPUTS["LowRankFFN"][1:], "activation"), (x, *given), strict=False)) | named
+    inputs = tuple(_float(v) if n.endswith("bias") else v for n, v in values.items() if n != "activation")
+    return emit_node("LowRankFFN", inputs, {"activation": values["activation"]})
+
+
+def _emit_lowrank_attention(*given: Any, **named: Any) -> Any:
+    """The mask becomes what is added to scores."""
+    from onnxscript import opset21
+
+    op: Any = opset21  # its stubs ask for types that the exporter knows later
+    names = (*INPUTS["LowRankAttention"], *ATTRIBUTES["LowRankAttention"])
+    v = dict(zip(names, given, strict=False)) | named
+    mask = v["mask"]
+    if mask is not None and mask.dtype.name == "BOOL":
+        v["mask"] = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=LOWEST))
+    inputs = tuple(_float(v[n]) if n.endswith("bias") else v[n] for n in INPUTS["LowRankAttention"])
+    attributes = {"heads": v["heads"], "kv_heads": v["kv_heads"], "scale": v["scale"], "causal": int(v["causal"])}
+    return emit_node("LowRankAttention", inputs, attributes)

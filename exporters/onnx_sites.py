@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 JOIN = "+"  # between the names of modules that share a node
 ROWS = {"weight", "weight_packed", "weight_scale", "bias"}  # one row, or one number, for each output
-LINEARS = {name: inputs for name, inputs in INPUTS.items() if name.endswith("Linear")}
+LINEARS = {name: inputs for name, inputs in INPUTS.items() if name.endswith("Linear") and name != "LowRankLinear"}
 LINEARS["MatMulNBits"] = ("x", "weight", "weight_scale", "zero_points", "g_idx", "bias")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import OutputError
-from compressor.exporters.onnx_nodes import DOMAIN, STOCK_DOMAIN
+from compressor.exporters.onnx_nodes import DOMAIN, FACTORS, INPUTS, STOCK_DOMAIN
 from compressor.exporters.safetensors_file import header
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _File:
             assert value.dtype is not None
             if view := _byte_view(node, index, shape):
                 node.replace_input_with(index, self.declare(source, view))
-            elif DTYPES[dtype] == value.dtype.name:
+            elif DTYPES[dtype] == value.dtype.name or (dtype == "BF16" and _reads_bf16(node, index)):
                 node.replace_input_with(index, self.declare(source))
             elif node.op_type == "Gather" and index == 0:
                 node.replace_input_with(index, self.declare(source))
@@ -140,6 +140,11 @@ def _byte_view(node: ir.Node, index: int, shape: Any) -> tuple[int, ...] | None:
         return shape[0], node.attributes.get_int("K") // block, block * bits // 8
     packed = node.op_type == "IntEmbedding" or (node.op_type == "IntLinear" and node.attributes.get_int("packed"))
     return (shape[0], shape[1] * 4) if node.domain == DOMAIN and packed else None
+
+
+def _reads_bf16(node: ir.Node, index: int) -> bool:
+    """Factors of low-rank ops: the kernel reads what is stored, the body casts it."""
+    return node.op_type.startswith("LowRank") and INPUTS[node.op_type][index].endswith(FACTORS)
 
 
 def _require_small_constants(model: ir.Model) -> None:

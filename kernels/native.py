@@ -93,7 +93,7 @@ class _Tensor(ctypes.Structure):
 
 @cache
 def _kernel(op: str, attributes: tuple[tuple[str, str], ...]) -> int:
-    names, values = zip(*attributes, strict=True)
+    names, values = [name for name, _ in attributes], [value for _, value in attributes]
     strings = ctypes.c_char_p * len(attributes)
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     made = library().compressor_create(
@@ -120,7 +120,7 @@ def run(
 
     types = {
         torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7,
-        torch.float8_e4m3fn: 17, torch.float8_e5m2: 19,
+        torch.bfloat16: 16, torch.float8_e4m3fn: 17, torch.float8_e5m2: 19,
     }  # fmt: skip
     given, held = (_Tensor * len(inputs))(), []
     for slot, tensor in zip(given, inputs, strict=True):

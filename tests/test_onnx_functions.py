@@ -22,6 +22,10 @@ from compressor.kernels.fp4_linear import reference as fp4_linear
 from compressor.kernels.fp8_linear import reference as fp8_linear
 from compressor.kernels.int_embedding import reference as int_embedding
 from compressor.kernels.int_linear import reference as int_linear
+from compressor.kernels.lowrank_attention import reference as lowrank_attention
+from compressor.kernels.lowrank_ffn import ACTIVATIONS
+from compressor.kernels.lowrank_ffn import reference as lowrank_ffn
+from compressor.kernels.lowrank_linear import reference as lowrank_linear
 
 K, N = 96, 40
 INPUT_DIVISOR = torch.tensor([23.5])
@@ -35,6 +39,8 @@ def as_onnx(tensor: Tensor) -> np.ndarray:
 
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()
 
 
@@ -366,3 +372,59 @@ def test_overloads_tell_specialisations_apart() -> None:
 )
 def test_stock_op_reads_any_multiple_of_16(features: int, group: int, block: int | None) -> None:
     assert onnx_nodes.stock_block(features, group) == block
+
+
+def low_rank(n: int, k: int, rank: int, prefix: str = "", bias: bool = True) -> dict[str, Tensor | None]:
+    """rank 0: a dense matrix. Factors are stored as bfloat16, or as float32 where there is no bias."""
+    dtype = torch.bfloat16 if bias else torch.float32
+    return {
+        f"{prefix}down": (torch.randn(rank or n, k) / k**0.5).to(dtype),
+        f"{prefix}up": (torch.randn(n, rank) / rank**0.5).to(dtype) if rank else None,
+        f"{prefix}bias": torch.randn(n) if bias else None,
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_lowrank_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    tensors = low_rank(N, K, 7, bias=bias)
+    close(runner("LowRankLinear", {}, tensors), lambda x: lowrank_linear(x, *tensors.values()))
+
+
+@pytest.mark.parametrize(("gated", "ranks"), [(False, (8, 0, 5)), (True, (8, 9, 5)), (True, (0, 9, 0))])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_lowrank_ffn(activation: str, gated: bool, ranks: tuple[int, int, int]) -> None:
+    """On inputs of ordinary size: an activation takes a value that is off by a rounding of its largest part."""
+    torch.manual_seed(0)
+    tensors = low_rank(64, K, ranks[0], "in_", bias=gated)
+    tensors |= low_rank(64, K, ranks[1], "mul_") if gated else dict.fromkeys(("mul_down", "mul_up", "mul_bias"))
+    tensors |= low_rank(N, 64, ranks[2], "out_", bias=not gated)
+    found = runner("LowRankFFN", {"activation": activation}, tensors)
+    for shape in [(1, K), (3, K), (65, K), (2, 3, K)]:
+        x = torch.randn(shape)
+        expected = lowrank_ffn(x, *tensors.values(), activation)
+        assert (found(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize(("groups", "ranked"), [(4, "qkv"), (2, "v"), (1, "")])
+def test_lowrank_attention(groups: int, ranked: str, causal: int) -> None:
+    """The query is the input; all else is constant. A mask that is added, with padding on the left."""
+    torch.manual_seed(0)
+    rows, keys, heads, size = 2, 9, 4, 8
+    names = ("query", "key", "value")
+    width = [12 if n[0] in ranked else count * size for n, count in zip(names, (heads, groups, groups), strict=True)]
+    counts = (heads, groups, groups)
+    ups = [torch.randn(c * size, 12) / 3 if n[0] in ranked else None for n, c in zip(names, counts, strict=True)]
+    biases = [None if up is None else torch.randn(len(up)) for up in ups]
+    key, value = (torch.randn(rows, keys, w) for w in width[1:])
+    mask = torch.zeros(rows, 1, 1, keys)
+    mask[0, ..., :3] = onnx_nodes.LOWEST
+    rest = [key, value, *ups, *biases, mask]
+    attributes = {"heads": heads, "kv_heads": groups, "scale": size**-0.5, "causal": causal}
+    tensors = dict(zip(onnx_nodes.INPUTS["LowRankAttention"][1:], rest, strict=True))
+    found = runner("LowRankAttention", attributes, tensors)
+    for queries in (1, 5, 9):
+        x = torch.randn(rows, queries, width[0])
+        expected = lowrank_attention(x, *rest, heads, groups, size**-0.5, bool(causal))
+        assert (found(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -27,6 +27,8 @@ from compressor.kernels import (
     fp8_linear,
     int_embedding,
     int_linear,
+    lowrank_ffn,
+    lowrank_linear,
     native,
 )
 from compressor.kernels.activations import STATIC_FLOATS
@@ -126,6 +128,30 @@ def float_case(n: int, k: int, format: str, rule: str, block: int = 0, shift: bo
     )  # fmt: skip
 
 
+def factors(n: int, k: int, rank: int, dtype: torch.dtype, bias: bool = True) -> lowrank_linear.Factors:
+    """rank 0: a dense matrix."""
+    rng = generator(n, k, rank)
+    down = (torch.randn(rank or n, k, generator=rng) / k**0.5).to(dtype)
+    up = (torch.randn(n, rank, generator=rng) / rank**0.5).to(dtype) if rank else None
+    return down, up, torch.randn(n, generator=rng) if bias else None
+
+
+def lowrank_case(n: int, k: int, rank: int, dtype: torch.dtype, bias: bool = True) -> Case:
+    down, up, b = factors(n, k, rank, dtype, bias)
+    return Case("LowRankLinear", {}, [down, up, b], lambda x: lowrank_linear.reference(x, down, up, b), k, n)
+
+
+def ffn_case(n: int, k: int, activation: str, gated: bool, dtype: torch.dtype, ranks=(31, 33, 20), bias=True) -> Case:
+    width = 127
+    first, last = factors(width, k, ranks[0], dtype, bias), factors(n, width, ranks[2], dtype, bias)
+    gate = factors(width, k, ranks[1], dtype, bias) if gated else (None, None, None)
+    given = [*first, *gate, *last]
+    return Case(
+        "LowRankFFN", {"activation": activation}, given,
+        lambda x: lowrank_ffn.reference(x, *given, activation), k, n,
+    )  # fmt: skip
+
+
 def cases(n: int) -> Iterator[Case]:
     """Every attribute value; K odd where the format's blocks permit, and beyond one panel of 768 columns."""
     rules = [("none", False), ("nvfp4", False), ("nvfp4", True), ("mxfp4", False), ("int8", False), ("fp8", False)]
@@ -151,6 +177,11 @@ def cases(n: int) -> Iterator[Case]:
         yield float_case(n, 1008 if block else 260, format, "none", block, shift=block == 16)
     for rule in STATIC_FLOATS:
         yield float_case(n, 100, "e2m1", rule, shift=True)
+    for dtype, (k, rank) in itertools.product((torch.float32, torch.bfloat16), ((1, 1), (33, 31), (513, 63))):
+        yield lowrank_case(n, k, rank, dtype, bias=k != 33)
+    for activation, gated in itertools.product(lowrank_ffn.ACTIVATIONS, (False, True)):
+        yield ffn_case(n, 63, activation, gated, torch.bfloat16 if gated else torch.float32, bias=activation != "silu")
+    yield ffn_case(n, 63, "gelu", True, torch.float32, ranks=(0, 5, 0))
 
 
 def inputs(tokens: int, k: int) -> Iterator[Tensor]:
@@ -265,7 +296,8 @@ def test_the_number_of_threads_changes_no_bit(chosen: str) -> None:
     for case in (
         fp4_case(513, 1600, "nvfp4", "none"), fp4_case(513, 576, "nvfp4", "nvfp4"),
         int_case(513, 1025, 8, 0, "int8", packed=False), fp8_case(513, 1025, "fp8"),
-        float_case(513, 1008, "e3m2", "none", 16),
+        float_case(513, 1008, "e3m2", "none", 16), lowrank_case(513, 1025, 100, torch.bfloat16),
+        ffn_case(513, 1025, "gelu", True, torch.float32, ranks=(300, 100, 0)),
     ):  # fmt: skip
         for tokens in (1, 31, 200):
             x = next(inputs(tokens, case.columns))
@@ -292,6 +324,7 @@ def test_torch_ops_use_it_in_any_float_type_and_shape() -> None:
         ("FP4Linear", {"activations": "int3"}, "activations is 'int3', this library knows none, nvfp4"),
         ("FP4Linear", {"activations": "none, int8"}, "activations is 'none, int8'"),
         ("FP4Linear", {"hadamard": 12}, "hadamard is '12', this library knows 0 and powers of two"),
+        ("LowRankFFN", {"activation": "mish"}, "activation is 'mish', this library knows gelu, gelu_tanh, silu, relu"),
         ("SomeLinear", {}, "this library has no op SomeLinear"),
     ],
 )
@@ -313,6 +346,16 @@ def test_tensors_that_do_not_fit_are_one_sentence() -> None:
     ]:
         with pytest.raises(CompressorError, match=sentence):
             native.run("FP4Linear", case.attributes, wrong, (1, 4), 1)
+    low, wide = lowrank_case(4, 32, 3, torch.float32), ffn_case(4, 32, "relu", False, torch.float32)
+    for case, at, other, sentence in [
+        (low, 1, torch.zeros(4, 5), r"up has shape \[4, 5\], expected \[any, 3\]"),
+        (low, 0, torch.zeros(3, 32).half(), "down has element type 0"),
+        (wide, 6, torch.zeros(4, 99), "its linears are 127 x 32 and 4 x 99, which do not follow one another"),
+    ]:
+        tensors = [*case.inputs[:at], other, *case.inputs[at + 1 :]]
+        tensors = [*tensors[:-2], None, None] if case is wide else tensors
+        with pytest.raises(CompressorError, match=sentence):
+            native.run(case.op, case.attributes, [torch.zeros(1, 32), *tensors], (1, 4), 1)
     with pytest.raises(CompressorError, match="id 9 is not one of the table's 4 rows"):
         native.run("FP4Embedding", {"format": "nvfp4"}, [torch.tensor([9]), packed, scale, divisor], (1, 32), 1)
 
@@ -326,6 +369,8 @@ def as_onnx(tensor: Tensor) -> Any:
 
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()
 
 
@@ -362,7 +407,8 @@ def session(case: Case, threads: int = 1, library: bool = True, body: bool = Tru
 IN_ONNXRUNTIME = [
     fp4_case(65, 96, "nvfp4", "none"), fp4_case(65, 96, "mxfp4", "mxfp4"), int_case(65, 63, 4, 16),
     int_case(65, 63, 8, 0, "int8_static", packed=False, offset=True), fp8_case(65, 63, "fp8"),
-    float_case(65, 64, "e3m2", "e4m3_static", shift=True),
+    float_case(65, 64, "e3m2", "e4m3_static", shift=True), lowrank_case(65, 63, 20, torch.bfloat16),
+    ffn_case(65, 63, "gelu", True, torch.bfloat16), ffn_case(65, 63, "silu", False, torch.float32, bias=False),
 ]  # fmt: skip
 
 
@@ -377,6 +423,17 @@ def test_onnxruntime_runs_the_node_itself(case: Case) -> None:
         assert torch.equal(torch.from_numpy(found)[0], expected)
     with pytest.raises(Exception, match=case.op):
         session(case, library=False, body=False)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_words_may_come_as_the_bytes_that_a_graph_declares(bits: int) -> None:
+    case = int_case(65, 12, bits, 0)
+    words, *rest = case.inputs
+    assert words is not None
+    x = next(inputs(31, 12))
+    read = Case(case.op, case.attributes, [words.view(torch.uint8), *rest], case.reference, 12, 65)
+    found = session(read, body=False).run(None, {"x": x.numpy()})[0]
+    assert torch.equal(torch.from_numpy(found), case(x))
 
 
 def test_the_same_file_runs_without_the_library() -> None:

@@ -75,7 +75,7 @@ def test_shipped_recipes_load_and_print_back(name, tmp_path):
     again = Recipe.load(printed)
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
-    assert recipe.model == "smollm2-135m-instruct"
+    assert recipe.model == ("all-minilm-l6-v2" if name == "bert-flashsvd" else "smollm2-135m-instruct")
 
 
 def test_which_recipes_are_shipped():

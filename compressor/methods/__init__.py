@@ -15,23 +15,40 @@ A transform rewrites the model into one that computes the same and is easier to 
 
     fold_needs(), fold(model, calibration) -> report
 
-A method can be both: then `fold` sees all windows and returns decisions, and the rest works on the folded model.
+A structural step puts modules of other shapes in place of linears, before anything is stored (methods/structural.py):
+
+    outline(model, names)                              the shapes that its budget implies, on a model without values
+    survey_needs(), survey(…)                          as above
+    needs(), reshape(model, calibration, decisions) -> report
+
+A method that amends what earlier steps stored (methods/correct.py):
+
+    extra_bytes(out_features, in_features)             what it adds to a layer, from its shape
+    survey_needs(), survey(…), decide(…), needs()      as above
+    amend(layers, calibration, packed, decisions) -> ({name: Packed}, report)
+
+A method can store and transform: then `fold` sees all windows and returns decisions, and the rest works on the folded
+model.
 
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.correct import Correct
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
+from compressor.methods.svd import SVD
 
 METHODS = {
     "quantize": Quantize,
     "mixed_bits": MixedBits,
     "outlier_tune": OutlierTune,
     "fp4": FP4,
+    "correct": Correct,
     "rotate": Rotate,
     "smooth": Smooth,
+    "svd": SVD,
 }

@@ -13,7 +13,7 @@ namespace compressor {
 constexpr uint32_t API_VERSION = 17;  // the first with KernelContext_ParallelFor
 
 enum ElementType : int32_t {
-  ANY_TYPE = 0, FLOAT32 = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, FLOAT8E4M3FN = 17, FLOAT8E5M2 = 19,
+  ANY_TYPE = 0, FLOAT32 = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BFLOAT16 = 16, FLOAT8E4M3FN = 17, FLOAT8E5M2 = 19,
 };
 enum StatusCode : int32_t { FAIL = 1, INVALID_ARGUMENT = 2, NOT_IMPLEMENTED = 9 };
 enum Presence : int32_t { REQUIRED = 0, OPTIONAL = 1 };

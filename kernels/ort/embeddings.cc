@@ -56,7 +56,7 @@ extern const Op FP4_EMBEDDING = {
 };
 extern const Op INT_EMBEDDING = {
     "IntEmbedding",
-    {{"ids", ANY_TYPE}, {"weight_packed", INT32}, {"weight_scale", FLOAT32}},
+    {{"ids", ANY_TYPE}, {"weight_packed", ANY_TYPE}, {"weight_scale", FLOAT32}},
     create<IntEmbedding>,
 };
 
@@ -88,7 +88,7 @@ IntEmbedding::IntEmbedding(const Attributes& attributes) {
 }
 
 std::vector<int64_t> IntEmbedding::shape(const std::vector<Tensor>& in) const {
-  expect(INT_EMBEDDING, in, 1, {INT32}, {-1, (columns * bits + 31) / 32});
+  expect_words(INT_EMBEDDING, in, columns * bits);
   expect(INT_EMBEDDING, in, 2, {FLOAT32}, {in[1].shape[0], group ? (columns + group - 1) / group : 1});
   return output_shape(INT_EMBEDDING, in, columns);
 }

@@ -46,7 +46,7 @@ IntLinear::IntLinear(const Attributes& attributes) {
 std::vector<int64_t> IntLinear::shape(const std::vector<Tensor>& in) const {
   const Op& op = INT_LINEAR;
   if (packed)
-    expect(op, in, 1, {INT32}, {-1, (columns * bits + 31) / 32});
+    expect_words(op, in, columns * bits);
   else
     expect(op, in, 1, {INT8}, {-1, columns});
   const int64_t rows = in[1].shape[0];

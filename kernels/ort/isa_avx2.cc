@@ -81,7 +81,12 @@ inline F from_float8(const uint8_t* p) {
   }
   return _mm256_cvtph_ps(half);
 }
+inline F from_bf16(const uint8_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
 #include "isa_bytes.h"
+#include "isa_floats.h"
 
 using X = int16_t;
 using I = __m256i;
@@ -101,6 +106,7 @@ inline int32_t int_sum(I acc) {
 }
 
 #include "isa_body.h"
+#include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
@@ -123,6 +129,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu};
+                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate};
 
 }  // namespace compressor

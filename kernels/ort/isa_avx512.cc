@@ -62,7 +62,12 @@ inline F from_float8(const uint8_t* p) {
   }
   return _mm512_cvtph_ps(half);
 }
+inline F from_bf16(const uint8_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 #include "isa_bytes.h"
+#include "isa_floats.h"
 
 // VNNI multiplies unsigned by signed bytes, so inputs are moved up by 128.
 using X = uint8_t;
@@ -76,6 +81,7 @@ inline I int_sum_up(I acc, W w) { return _mm512_dpbusd_epi32(acc, _mm512_set1_ep
 inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
 
 #include "isa_body.h"
+#include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
@@ -95,6 +101,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
-                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu};
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate};
 
 }  // namespace compressor

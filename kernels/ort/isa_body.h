@@ -38,7 +38,7 @@ struct RowScales {
   const uint8_t* bytes;
   RowScales() = default;
   RowScales(const Matrix& m, int64_t row)
-      : step(KIND == Scales::BYTES ? m.step : m.scale_floats + row * m.scales_a_row),
+      : step(KIND == Scales::BYTES ? m.step : KIND == Scales::ROW ? nullptr : m.scale_floats + row * m.scales_a_row),
         bytes(KIND == Scales::BYTES ? m.scale_bytes + row * m.scales_a_row : nullptr) {}
   const float* at(int64_t index) const { return step + (KIND == Scales::BYTES ? bytes[index] : index); }
 };
@@ -78,7 +78,7 @@ inline void dot_rows(const Matrix& m, const Decoder& decode, int64_t row, const 
     UNROLL for (int v = 0; v < VECTORS; ++v) in[v] = load(x + whole * CHUNK + v * LANES);
     const int64_t first = (2 * whole) >> shift, second = (2 * whole + 1) >> shift;
     UNROLL for (int r = 0; r < R; ++r) {
-      uint8_t tail[CHUNK] = {};
+      uint8_t tail[bytes] = {};
       __builtin_memcpy(tail, codes[r] + whole * bytes, size_t(m.row_bytes - whole * bytes));
       add(r, tail, first, second < m.scales_a_row ? second : first, in);  // the second half may lie beyond K
     }
@@ -104,7 +104,7 @@ void decode_row(const Matrix& m, const Decoder& decode, int64_t row, int64_t k, 
   const int shift = m.shift();
   for (int64_t c = k / CHUNK; c < (k + count) / CHUNK; ++c, out += CHUNK) {
     const uint8_t* codes = m.data + row * m.row_bytes + c * bytes;
-    uint8_t tail[CHUNK] = {};
+    uint8_t tail[bytes] = {};
     if ((c + 1) * CHUNK > m.columns) {
       __builtin_memcpy(tail, codes, size_t(m.row_bytes - c * bytes));
       codes = tail;
@@ -196,6 +196,8 @@ void with_decoder(const Matrix& m, Function&& function) {
     case Codes::OFFSET8: return function(static_cast<Int8<Codes::OFFSET8>*>(nullptr));
     case Codes::E4M3: return function(static_cast<Byte<Codes::E4M3>*>(nullptr));
     case Codes::E5M2: return function(static_cast<Byte<Codes::E5M2>*>(nullptr));
+    case Codes::BF16: return function(static_cast<Float<Codes::BF16>*>(nullptr));
+    case Codes::FP32: return function(static_cast<Float<Codes::FP32>*>(nullptr));
   }
 }
 

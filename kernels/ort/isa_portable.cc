@@ -39,6 +39,16 @@ template <Codes C> using Int8 = Scalar<C>;
 template <Codes C> using Byte = Scalar<C>;
 constexpr const uint8_t* NIBBLE_ORDER = NATURAL_ORDER;
 
+inline F from_bf16(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < LANES; ++i) {
+    const uint32_t bits = uint32_t(p[2 * i]) << 16 | uint32_t(p[2 * i + 1]) << 24;
+    __builtin_memcpy(&f.v[i], &bits, 4);
+  }
+  return f;
+}
+#include "isa_floats.h"
+
 using X = int16_t;
 constexpr int INT_STEP = 16, OFFSET = 0;
 struct I {
@@ -58,6 +68,7 @@ inline int32_t int_sum(const I& acc) {
 }
 
 #include "isa_body.h"
+#include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
 #include "isa_integers.h"
@@ -67,6 +78,6 @@ bool always() { return true; }
 }  // namespace
 
 extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                             nullptr, nullptr, nullptr, nullptr, gptq, attend, swiglu};
+                             nullptr, nullptr, nullptr, nullptr, gptq, attend, swiglu, activate};
 
 }  // namespace compressor

@@ -10,11 +10,10 @@
 
 namespace compressor {
 
-extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU,
-    GROUP_QUERY_ATTENTION;
-const std::vector<const Op*> OPS = {&FP4_LINEAR,   &INT_LINEAR,    &FP8_LINEAR,
-                                    &FLOAT_LINEAR, &FP4_EMBEDDING, &INT_EMBEDDING, &SWIGLU,
-                                    &GROUP_QUERY_ATTENTION};
+extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU, LOWRANK_LINEAR,
+    LOWRANK_FFN, GROUP_QUERY_ATTENTION;
+const std::vector<const Op*> OPS = {&FP4_LINEAR,    &INT_LINEAR, &FP8_LINEAR,     &FLOAT_LINEAR, &FP4_EMBEDDING,
+                                    &INT_EMBEDDING, &SWIGLU,     &LOWRANK_LINEAR, &LOWRANK_FFN,  &GROUP_QUERY_ATTENTION};
 
 namespace {
 

@@ -170,6 +170,10 @@ void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4) {
                 std::to_string(columns) + " features.");
 }
 
+void expect_words(const Op& op, const std::vector<Tensor>& in, int64_t bits) {
+  expect(op, in, 1, {INT32, UINT8}, {-1, (bits + 31) / 32 * (in[1].type == UINT8 ? 4 : 1)});
+}
+
 void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor) {
   m.scale_bytes = scale.bytes();
   const float* e4m3 = byte_values("e4m3");
@@ -204,7 +208,7 @@ void int_matrix(Matrix& m, const Tensor& codes, const Tensor& scale, int64_t bit
     m.row_bytes = columns;
     return;
   }
-  m.row_bytes = codes.shape[1] * 4;
+  m.row_bytes = codes.shape[1] * (codes.type == UINT8 ? 1 : 4);
   m.codes = bits == 8 ? Codes::OFFSET8 : bits == 4 ? Codes::NIBBLE : Codes::CRUMB;
   for (int i = 0; i < (1 << std::min<int64_t>(bits, 4)); ++i) m.table[i] = float(i - (1 << (bits - 1)));
 }

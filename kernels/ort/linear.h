@@ -25,8 +25,21 @@ void set_hadamard(const char* op, Rounding&, int64_t hadamard);
 // x's shape with N in place of K. Raises Error where K differs or blocks of the rounding do not divide it.
 std::vector<int64_t> output_shape(const Op&, const Tensor& x, int64_t columns, int64_t rows, const Rounding&);
 
+// A linear of three inputs from number `at` on: down [R, K], up [N, R] and bias [N] or, where up is left out, a dense
+// [N, K] and its bias; factors are float32 or bfloat16. Empty where the first is left out.
+struct LowRank {
+  Matrix down, up;
+  const float* bias = nullptr;
+  int64_t rank = 0, columns = 0, rows = 0;  // rank 0: no `up`
+};
+LowRank low_rank(const Op&, const std::vector<Tensor>& inputs, size_t at);
+// y [T, N]; `z` has room for T * rank floats.
+void low_rank_linear(const LowRank&, const float* x, int64_t tokens, float* z, float* y, const Threads&);
+
 // Inputs 1 to 3 of an op with FP4 weights.
 void expect_fp4(const Op&, const std::vector<Tensor>& inputs, bool nvfp4);
+// Input 1: rows of so many bits in words of 32, which a graph declares as the bytes that they are.
+void expect_words(const Op&, const std::vector<Tensor>& inputs, int64_t bits);
 // E4M3 block scales over a divisor into `m`.
 void byte_steps(Matrix& m, const Tensor& scale, const Tensor& divisor);
 // The values of E2M1 and the steps of NVFP4 (divisor given) or MXFP4 blocks into `m`.

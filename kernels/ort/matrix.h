@@ -9,14 +9,15 @@
 
 namespace compressor {
 
-// 4, 6 and 2 bits: codes of a table, little endian, low bits first (6 bits: four codes in three bytes). Bytes: as named.
-enum class Codes { NIBBLE, SIX, CRUMB, INT8, OFFSET8, E4M3, E5M2 };
+// 4, 6 and 2 bits: codes of a table, little endian, low bits first (6 bits: four codes in three bytes). Others: as named.
+enum class Codes { NIBBLE, SIX, CRUMB, INT8, OFFSET8, E4M3, E5M2, BF16, FP32 };
 
 constexpr int64_t CHUNK = 32;
 constexpr int64_t TOKENS_AT_ONCE = 128;  // at most, in one call of a kernel: their inputs stay in the second-level cache
 constexpr int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 constexpr int64_t chunk_bytes(Codes codes) {
-  return codes == Codes::NIBBLE ? 16 : codes == Codes::SIX ? 24 : codes == Codes::CRUMB ? 8 : 32;
+  return codes == Codes::NIBBLE ? 16 : codes == Codes::SIX ? 24 : codes == Codes::CRUMB ? 8
+       : codes == Codes::BF16 ? 64 : codes == Codes::FP32 ? 128 : 32;
 }
 
 // value[n, k] = decode(codes[n, k]) * scale[n, k / block], used where it lies: nothing is copied or expanded.
@@ -30,13 +31,13 @@ struct Matrix {
 
   int64_t block = 0, scales_a_row = 1;
   const uint8_t* scale_bytes = nullptr;  // one byte each, its value in `step` …
-  const float* scale_floats = nullptr;   // … or float32
+  const float* scale_floats = nullptr;   // … or float32; neither: 1
   float step[256] = {};
   float divided_e4m3 = 0;  // the divisor, where bytes are E4M3 over one
 
   float scale(int64_t row, int64_t index) const {
     int64_t at = row * scales_a_row + index;
-    return scale_bytes ? step[scale_bytes[at]] : scale_floats[at];
+    return scale_bytes ? step[scale_bytes[at]] : scale_floats ? scale_floats[at] : 1.0f;
   }
   // log2(block / 16) where that is whole, so that both halves of a chunk have one scale each; 62 for one scale a row.
   int shift() const {
@@ -58,6 +59,8 @@ struct FloatFormat {
 const FloatFormat* float_format(const char* name);              // null where unknown
 void float_values(const FloatFormat&, float* values);           // of all 2^bits codes
 const float* byte_values(const char* name);                      // of the 256 codes of e4m3, e5m2 or e8m0
+
+enum class Activation { NONE, GELU, GELU_TANH, SILU, RELU };
 
 enum class Rule { NONE, NVFP4, MXFP4, INT_BLOCK, INT_TOKEN, INT_STATIC, FLOAT_TOKEN, FLOAT_STATIC };
 
@@ -114,6 +117,8 @@ struct Isa {
   void (*attend)(const float* q, const float* k, const float* v, int64_t count, int64_t size, const float* bias,
                  float softcap, float* scores, float* y);
   void (*swiglu)(const float* x, int64_t half, float* y);  // silu(x[i]) * x[half + i]
+  // x = act(x), times `factor` unless that is null; `count` of each (isa_activation.h).
+  void (*activate)(Activation, float* x, const float* factor, int64_t count);
 };
 
 const Isa& isa();                     // the best that this processor has

@@ -1,0 +1,319 @@
+"""Running a model of low rank without activations of full width (docs/flashsvd.md).
+
+Two linears instead of one save weights, not memory for activations: what is between feed-forward linears, and queries,
+keys and values, are as wide as before. `lean` changes how they come about, never what is stored:
+
+    feed-forward   one op that has the hidden activations of a few tokens at a time
+    attention      one op that lifts q, k and v for a few rows and heads at a time, where nothing (rotary embeddings)
+                   stands between them and the scores
+    rows           a block runs a few rows of a batch at a time, unless there is a cache to fill
+
+There is no table of families. Candidates come from what the modules of one block got and gave on random numbers, one
+block of each structure; each is proven by running the block with it. What cannot be proven stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import lean_modules
+from compressor import rank_values as rank_values_module
+from compressor.blockwise import HIDDEN, Call, base_of
+from compressor.fold_probe import Probe, distance
+from compressor.kernels.lowrank_ffn import ACTIVATIONS
+from compressor.lean_modules import become, factors
+from compressor.lowrank import LowRankLinear
+from compressor.parts import blocks
+
+ROWS, TOKENS = 3, 8  # of the batch that blocks are probed with: rows are told apart by their number
+SAME = 1e-5  # relative, float64 against what runs in float32
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Names in a block. owner: the module that is all of it; else `between`, the activation's own module, goes."""
+
+    first: str
+    gate: str | None
+    last: str
+    activation: str
+    owner: str | None
+    between: str | None
+
+    def apply(self, block: nn.Module) -> None:
+        first, last = block.get_submodule(self.first), block.get_submodule(self.last)
+        span = (first, None if self.gate is None else block.get_submodule(self.gate), last)
+        if self.owner is None:
+            assert self.between is not None
+            become(first, lean_modules.Through)
+            block.set_submodule(self.between, nn.Identity())
+        place = last if self.owner is None else block.get_submodule(self.owner)
+        become(place, lean_modules.FFN, span=span, activation=self.activation)
+
+    @property
+    def names(self) -> list[str]:
+        return [n for n in (self.first, self.gate, self.last) if n]
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Names in a block; `owner` is the module that takes hidden states and gives the context."""
+
+    names: tuple[str, str, str]
+    owner: str
+    heads: int
+    masked: int | str | None
+    rest: int | None
+
+    def apply(self, block: nn.Module) -> None:
+        span = tuple(map(block.get_submodule, self.names))
+        told = {"heads": self.heads, "masked": self.masked, "rest": self.rest}
+        become(block.get_submodule(self.owner), lean_modules.Attention, span=span, **told)
+
+
+@dataclass(frozen=True)
+class RowByRow:
+    by_row: frozenset[int | str]
+
+    def apply(self, block: nn.Module, row_tokens: int | None = None) -> None:
+        become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens)
+
+
+@dataclass(frozen=True)
+class RankValues:
+    """The linear that gives the values, and the size of a head."""
+
+    name: str
+    size: int
+
+    def apply(self, block: nn.Module) -> None:
+        become(block.get_submodule(self.name), rank_values_module.Values, size=self.size)
+
+
+Part = FeedForward | SelfAttention | RowByRow | RankValues
+
+
+@torch.no_grad()
+def lean(
+    model: nn.Module, *, row_tokens: int | None = None, rank_values: bool = False, dense: bool = False
+) -> nn.Module:
+    """Change in place how `model` runs; returns it. A model without a LowRankLinear stays as it is.
+
+    row_tokens    how many tokens go through a block together where rows can be parted; None: what suits the device
+    rank_values   let the key-value cache hold values in rank space, where a model can (rank_values.py); not for export
+    dense         do the same to linears that are not of low rank
+    Raises ValueError for a model that runs lean already.
+    """
+    kind: type[nn.Module] = nn.Linear if dense else LowRankLinear
+    if any(isinstance(m, lean_modules.LEAN) for m in model.modules()):
+        raise ValueError(f"this {type(model).__name__} runs lean already; load it with lean=False first.")
+    if not any(isinstance(m, kind) for m in model.modules()):
+        return model
+    named = [(n, b) for n, b in blocks(model, kind) if any(isinstance(m, kind) for m in b.modules())]
+    known: dict[Any, list[Part]] = {}
+    wanted = {_structure(block): (name, block) for name, block in reversed(named)}
+    calls = _calls(model, [block for _, block in wanted.values()])
+    for structure, (_, block) in wanted.items():
+        known[structure] = parts_of(block, calls[block], model.config, rank_values)
+    for _, block in named:
+        parts = known[_structure(block)]
+        for part in parts:
+            if isinstance(part, RowByRow):
+                part.apply(block, row_tokens)
+            elif isinstance(part, RankValues):
+                if rank_values_module.pays(block.get_submodule(part.name), part.size):
+                    part.apply(block)
+            elif any(isinstance(block.get_submodule(n), kind) for n in part.names):
+                part.apply(block)
+        used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
+        for name, module in block.named_modules():
+            if type(module) is LowRankLinear and name not in used and factors(module) is not None:
+                become(module, lean_modules.Single)
+    if any(isinstance(m, rank_values_module.Values) for m in model.modules()):
+        rank_values_module.register(model)
+    return model
+
+
+def parts_of(
+    block: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], config: Any, rank_values: bool = False
+) -> list[Part]:
+    """What of a block can run lean, each proven; `call` is how the model calls it. The block is only read."""
+    heads = getattr(config, "num_attention_heads", 0)
+    args, kwargs = call
+    hidden = args[0] if args else kwargs["hidden_states"]
+    given = Call(
+        tuple(HIDDEN if a is hidden else a for a in args),
+        {k: HIDDEN if v is hidden else v for k, v in kwargs.items()},
+        hidden.shape,
+    )
+    under = Probe(_dense(block), given, torch.float64)
+    found: list[Part] = []
+    candidates: list[Iterator[FeedForward | SelfAttention]] = [_feed_forwards(under), _attentions(under, heads)]
+    for part in itertools.chain(*candidates):
+        taken = {n for p in found if isinstance(p, FeedForward | SelfAttention) for n in p.names}
+        if not taken & set(part.names) and _proven(under, part):
+            found.append(part)
+    if rank_values:
+        size = rank_values_module.head_size(config)
+        tried = (RankValues(n, size) for n, m in under.linears.items() if m.out_features % size == 0)
+        found += list(itertools.islice((part for part in tried if _values_proven(under, part)), 1))
+    by_row: set[int | str] = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
+    by_row |= {k for k, v in kwargs.items() if isinstance(v, Tensor) and len(v) == ROWS}
+    rows = RowByRow(frozenset(by_row))
+    return [*found, rows] if _proven(under, rows) else found
+
+
+def _structure(block: nn.Module) -> Any:
+    """Equal for blocks of the same modules, whatever stands in a linear's place, its rank and its format."""
+    inside = {n for n, m in block.named_modules() if isinstance(m, LowRankLinear)}
+    kept = []
+    for name, module in block.named_modules():
+        if name.rpartition(".")[0] not in inside:
+            linear = name in inside or hasattr(module, "in_features")
+            kept.append((name, "linear" if linear else type(module)))
+    return type(block), tuple(kept)
+
+
+def _dense(block: nn.Module) -> nn.Module:
+    """A copy with random dense linears in the place of all that stands for one: structure does not hang on weights."""
+    memo: dict[int, Any] = {}
+    for module in block.modules():
+        if id(module) not in memo and (isinstance(module, LowRankLinear) or hasattr(module, "in_features")):
+            bias = getattr(module, "bias", None) is not None or getattr(module, "up", None) is not None
+            memo[id(module)] = nn.Linear(int(module.in_features), int(module.out_features), bias)  # type: ignore
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for made in memo.values():
+            nn.init.normal_(made.weight, std=made.in_features**-0.5)
+    return copy.deepcopy(block, memo).cpu()
+
+
+def _calls(model: nn.Module, wanted: list[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """How the model calls these blocks for ROWS texts, padded on the left, on the right and not at all."""
+
+    class Enough(Exception):
+        pass
+
+    found: dict[nn.Module, Any] = {}
+
+    def hook(block: nn.Module, args: Any, kwargs: Any) -> None:
+        found.setdefault(block, (args, kwargs))
+        if len(found) == len(wanted):
+            raise Enough
+
+    config: Any = model.config
+    device = next(model.parameters()).device
+    tokens = torch.randint(config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(tokens)
+    mask[0, :2], mask[1, -3:] = 0, 0
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in wanted]
+    try:
+        with contextlib.suppress(Enough):
+            base = base_of(model)
+            cache = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+            base(input_ids=tokens, attention_mask=mask, **cache)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {b: found[b] for b in wanted}
+
+
+def _feed_forwards(under: Probe) -> Iterator[FeedForward]:
+    """first -> activation (-> times gate) -> last, by value."""
+    got, gave = under.inputs[0], under.outputs[0]
+    for last in under.linears:
+        width = under.linears[last].in_features
+        before = [n for n in under.linears if n in gave and n != last and under.linears[n].out_features == width]
+        for first, (name, act) in itertools.product(before, ACTIVATIONS.items()):
+            hidden = act(gave[first])
+            gates = [n for n in before if n != first and _same(got[n], got[first])]
+            for gate in (None, *gates):
+                if _same(got.get(last), hidden if gate is None else hidden * gave[gate]):
+                    yield from _placed(under, FeedForward(first, gate, last, name, None, None))
+
+
+def _placed(under: Probe, part: FeedForward) -> Iterator[FeedForward]:
+    """The part with the module that is all of it, else with its activation's module."""
+    got, gave = under.inputs[0], under.outputs[0]
+    owner = _common(part.names)
+    if owner and _same(got.get(owner), got[part.first]) and _same(gave.get(owner), gave[part.last]):
+        yield FeedForward(part.first, part.gate, part.last, part.activation, owner, None)
+    elif part.gate is None:
+        for name, module in under.block.named_modules():
+            alone = name in gave and not any(True for _ in module.parameters()) and name not in under.twice
+            if alone and _same(got[name], gave[part.first]) and _same(gave[name], got[part.last]):
+                yield FeedForward(part.first, None, part.last, part.activation, None, name)
+                return
+
+
+def _attentions(under: Probe, heads: int) -> Iterator[SelfAttention]:
+    """Three linears of one input in one module that gives their attention; which is which, the proof says."""
+    got = under.inputs[0]
+    for owner, calls in under._calls.items():
+        inside = [n for n in under.linears if n.startswith(f"{owner}.") and _same(got.get(n), got.get(owner))]
+        square = [n for n in inside if under.linears[n].out_features == under.linears[inside[0]].out_features]
+        if not owner or len(square) != 3 or not heads or under.linears[square[0]].out_features % heads:
+            continue
+        args, kwargs = calls[0]
+        slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        masks = [key for key, value in slots if isinstance(value, Tensor) and value.dim() == 4]
+        result = under.module(owner)(*args, **kwargs)
+        rest = len(result) - 1 if isinstance(result, tuple) else None
+        for order in itertools.permutations(square):
+            yield SelfAttention(order, owner, heads, masks[0] if masks else None, rest)
+
+
+def _proven(under: Probe, part: Part) -> bool:
+    """Whether the block gives what it gave when this part runs lean."""
+    block = copy.deepcopy(under.block)
+    if isinstance(part, RowByRow):
+        part.apply(block, row_tokens=1)
+    else:
+        part.apply(block)
+    try:
+        results = [under.call.run(block, got[""].detach()) for got in under.inputs]
+    except (RuntimeError, TypeError, KeyError):  # another order of arguments, another shape: not this
+        return False
+    return distance(results, under.results) <= SAME * distance(under.results)
+
+
+def _values_proven(under: Probe, part: RankValues) -> bool:
+    """Whether a block whose values have low rank gives the same when its cache would hold them in rank space."""
+    block = copy.deepcopy(under.block)
+    dense = block.get_submodule(part.name)
+    made = LowRankLinear.shaped(dense.out_features, dense.in_features, part.size // 2 + 1, bias=dense.bias is not None)  # type: ignore
+    made = made.to_empty(device="cpu").to(torch.float64)
+    for p in made.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    block.set_submodule(part.name, made)
+    hidden = [got[""].detach() for got in under.inputs]
+    expected = [under.call.run(block, h) for h in hidden]
+    part.apply(block)
+    try:
+        with rank_values_module.standing_in():
+            results = [under.call.run(block, h) for h in hidden]
+    except (RuntimeError, TypeError, KeyError, ValueError):
+        return False
+    return distance(results, expected) <= SAME * distance(expected)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.numel() != b.numel():
+        return False
+    a, b = a.detach().flatten(), b.detach().flatten()
+    return float((a - b).norm()) <= SAME * float(b.norm())
+
+
+def _common(names: list[str]) -> str:
+    """The innermost module that all of these are in."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

@@ -1,0 +1,196 @@
+"""How parts of a model of low rank run without activations of full width: classes that take a module's place in `lean`.
+
+A module keeps its children, parameters and names and gets a subclass of its own class, whose forward is the lean one;
+nothing that is stored or looked up by name changes. What cannot run lean (gradients, a cache that grows with the
+rows) runs as it always did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.kernels import lowrank_attention, lowrank_ffn, lowrank_linear, native
+from compressor.kernels.lowrank_linear import Factors
+from compressor.lowrank import LowRankLinear
+
+# Tokens whose rows go through a block together: a few MB an activation, and products large enough to be fast.
+ROW_TOKENS, CPU_ROW_TOKENS = 8192, 1024
+
+
+def become(module: nn.Module, part: type[nn.Module], **told: Any) -> None:
+    """`module` is of a subclass of its class and of `part` from here on, with the attributes `told`."""
+    module.__class__ = type(f"{part.__name__}{type(module).__name__}", (part, type(module)), {})
+    vars(module).update(told)
+
+
+def factors(module: nn.Module | None) -> Factors | None:
+    """What the ops take of a linear, None for one that only its own forward can compute (quantized, pivoted)."""
+    if isinstance(module, LowRankLinear):
+        down, up = module.down, module.up
+        if type(down) is nn.Linear and type(up) is nn.Linear and not module.pivoted:
+            return down.weight, up.weight, up.bias
+    elif isinstance(module, nn.Linear) and _kind(module) is nn.Linear:
+        return module.weight, None, module.bias
+    return None
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Its class before `become`."""
+    return next(k for k in type(module).__mro__ if issubclass(k, nn.Module) and not issubclass(k, (Through, FFN)))
+
+
+def differentiated(*given: Any) -> bool:
+    """Whether gradients are wanted of any of these tensors: the ops have none."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
+def _takes_ops(x: Tensor) -> bool:
+    """While a graph is traced, and where a fused kernel is; elsewhere a call less."""
+    return torch.compiler.is_exporting() or (x.device.type == "cpu" and native.built())
+
+
+class Single(LowRankLinear):
+    """One node of a graph; otherwise two linears, as ever."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = factors(self)
+        if given is None or not torch.compiler.is_exporting():
+            return super().forward(x)
+        return lowrank_linear.lowrank_linear(x, *given)
+
+
+class Through(nn.Module):
+    """The first linear of a feed-forward that the last one computes, and the activation between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FFN(nn.Module):
+    """`span`: (first linear, the one that multiplies it or None, last linear), not registered a second time."""
+
+    span: tuple[nn.Module, nn.Module | None, nn.Module]
+    activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, gate, last = (factors(m) for m in self.span)
+        if differentiated(x, *(t for f in (first, gate, last) if f for t in f)):
+            return self._some(x)
+        if first is None or last is None or (gate is None) != (self.span[1] is None):
+            return self._in_chunks(x)
+        if _takes_ops(x):
+            flat = [t for f in (first, gate, last) for t in f or (None, None, None)]
+            return lowrank_ffn.lowrank_ffn(x, *flat, self.activation)
+        return lowrank_ffn.chunked(x, first, gate, last, self.activation)
+
+    def _some(self, x: Tensor) -> Tensor:
+        first, gate, last = (None if m is None else _own(m) for m in self.span)
+        hidden = lowrank_ffn.ACTIVATIONS[self.activation](first(x))  # type: ignore[misc]
+        return last(hidden if gate is None else hidden * gate(x))  # type: ignore[misc]
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        """By the modules themselves, a few tokens at a time."""
+        if torch.compiler.is_exporting():
+            return self._some(x)
+        flat, last = x.reshape(-1, x.shape[-1]), self.span[2]
+        step = lowrank_ffn.tokens_at_once(x, int(last.in_features), self.span[1] is not None)  # type: ignore[arg-type]
+        y = x.new_empty((len(flat), int(last.out_features)))  # type: ignore[arg-type]
+        for start in range(0, len(flat), step):
+            y[start : start + step] = self._some(flat[start : start + step])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _own(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a module computes by itself, also where it lets everything through now, or ends a feed-forward."""
+    return functools.partial(_kind(module).forward, module)
+
+
+class Rows(nn.Module):
+    """A block whose rows know nothing of each other, some rows at a time.
+
+    by_row   positions and names of arguments that have a row each
+    """
+
+    by_row: frozenset[int | str]
+    row_tokens: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows, length = hidden.shape[:2]
+        limit = self.row_tokens or (CPU_ROW_TOKENS if hidden.device.type == "cpu" else ROW_TOKENS)
+        step = max(1, limit // max(1, length))
+        grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
+        if rows <= step or grows or torch.compiler.is_exporting() or (torch.is_grad_enabled() and hidden.requires_grad):
+            return super().forward(*args, **kwargs)
+
+        def share(key: int | str, value: Any, some: slice) -> Any:
+            return value[some] if key in self.by_row and isinstance(value, Tensor) and len(value) == rows else value
+
+        y: Any = None
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            part = super().forward(
+                *(share(i, value, some) for i, value in enumerate(args)),
+                **{name: share(name, value, some) for name, value in kwargs.items()},
+            )
+            y = _room(part, rows) if y is None else y
+            _put(y, part, some)
+            del part  # before the next one is there
+        return y
+
+
+def _room(part: Any, rows: int) -> Any:
+    """Like what a block gives for a few rows, for all of them."""
+    if isinstance(part, Tensor):
+        return part.new_empty((rows, *part.shape[1:]))
+    return type(part)(_room(p, rows) for p in part) if isinstance(part, (tuple, list)) else part
+
+
+def _put(y: Any, part: Any, some: slice) -> None:
+    if isinstance(part, Tensor):
+        y[some] = part
+    elif isinstance(part, (tuple, list)):
+        for whole, piece in zip(y, part, strict=True):
+            _put(whole, piece, some)
+
+
+class Attention(nn.Module):
+    """Self-attention without positions of its own, from q, k and v in rank space (kernels/lowrank_attention.py).
+
+    span      the linears that give q, k and v
+    masked    position or name of the argument that is the mask, None where there is none
+    rest      what it gives behind the context: as many None
+    """
+
+    span: tuple[nn.Module, nn.Module, nn.Module]
+    heads: int
+    masked: int | str | None
+    rest: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
+        weights = [factors(m) for m in self.span]
+        if grows or None in weights or kwargs.get("output_attentions") or differentiated(x):
+            return super().forward(*args, **kwargs)
+        mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
+        mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
+        given = []
+        for down, up, bias in weights:  # type: ignore[misc]
+            ranked = nn.functional.linear(x, down, bias if up is None else None)
+            given.append((ranked, up, None if up is None else bias))
+        width = self.span[0].out_features
+        last = (mask, self.heads, self.heads, (int(width) // self.heads) ** -0.5, False)  # type: ignore[arg-type]
+        if torch.compiler.is_exporting():
+            y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
+        else:
+            y = lowrank_attention.chunked(given[0], given[1], given[2], *last)
+        return y if self.rest is None else (y, *[None] * self.rest)
+
+
+LEAN = (Single, Through, FFN, Rows, Attention)

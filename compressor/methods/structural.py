@@ -1,0 +1,53 @@
+"""What the pipeline asks of a structural step: one that puts modules of other shapes in place of linears.
+
+Such steps come before all that store layers. Nothing else knows about them afterwards: later steps see the linears that
+are there then, under their names, and `structure.between` finds what the artifact has to remember.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from compressor.calibrate import Calibration
+from compressor.sensitivity import Fisher
+from compressor.statistics import Statistic
+
+
+@runtime_checkable
+class Structural(Protocol):
+    whole: bool  # whether `reshape` is called once, for the whole model, instead of block by block
+    sequential: bool  # whether each block is measured on what the changed blocks before it compute
+
+    def outline(self, model: nn.Module, names: Collection[str]) -> None:
+        """Give `model`, whose parameters have no values, the shapes that the budget implies for the linears `names`.
+
+        What data decides (which layer gets how much of the budget) is left at its mean: this is the dry run.
+        """
+
+    def survey_needs(self) -> set[type[Statistic]]:
+        """The statistics for decisions over the whole model, often none."""
+
+    def survey(self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None) -> Any:
+        """Those decisions: anything that `reshape` takes. Not called where `survey_needs` is empty.
+
+        A method that also has
+
+            decide(looked, shapes) -> decisions       shapes: [N, K] of every linear of the step, by name
+
+        is asked block by block, so that one block's statistics are held; what comes back is joined by `|` and given to
+        it as `looked`, None where nothing was surveyed.
+        """
+
+    def needs(self) -> set[type[Statistic]]:
+        """The statistics of every input that `reshape` looks at."""
+
+    def reshape(self, model: nn.Module, calibration: Calibration, decisions: Any) -> dict[str, Any]:
+        """Replace modules of `model`, a twin of the original; returns a dict of JSON for the manifest.
+
+        Called block by block with that block's statistics, the block being where it ran; the parts are joined by `|`.
+        Where a method's `paired` is true, it is called site by site (paired.py).
+        A step that changes what a config says (a width, a number of layers) changes `model.config`.
+        """

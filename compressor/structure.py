@@ -1,0 +1,110 @@
+"""In which modules a model differs from the one that its config describes: what steps that change shapes leave behind.
+
+Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
+again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer) or by one of low
+rank. What a config can say itself (a width that all layers share, the number of layers) is no difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from compressor.errors import ModelError
+from compressor.lowrank import LowRankLinear
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """The class and shape of one module; `attributes` are JSON and the arguments that make it."""
+
+    kind: str  # "linear" | "lowrank_linear"
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def module(self) -> nn.Module:
+        """It, without values, on the meta device. Raises ModelError for a kind that this version does not know."""
+        if self.kind not in KINDS:
+            raise ModelError(f"config.json: unknown structure '{self.kind}'; known: {', '.join(KINDS)}.")
+        return KINDS[self.kind](**self.attributes)
+
+    def __str__(self) -> str:
+        a = self.attributes
+        rank = f", rank {a['rank']}" if "rank" in a else ""
+        return f"{self.kind} {a['out_features']}x{a['in_features']}{rank}"
+
+
+def _linear(out_features: int, in_features: int, bias: bool) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias, device="meta")
+
+
+KINDS: dict[str, Any] = {"linear": _linear, "lowrank_linear": LowRankLinear.shaped}
+
+Structure = dict[str, Shaped]
+
+
+def shape_of(module: nn.Module) -> Shaped | None:
+    """What `module` is, None where it is neither a linear nor one of low rank."""
+    if isinstance(module, LowRankLinear):
+        own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
+        bias = getattr(module.up, "bias", None)
+        return Shaped("lowrank_linear", _size(module) | own | {"bias": bias is not None})
+    if isinstance(module, nn.Linear):
+        return Shaped("linear", _size(module) | {"bias": module.bias is not None})
+    return None
+
+
+def _size(module: Any) -> dict[str, Any]:
+    return {"out_features": module.out_features, "in_features": module.in_features}
+
+
+def between(stock: nn.Module, model: nn.Module) -> Structure:
+    """The modules of `model` whose shape is not that of `stock`, by name. Raises ModelError where `stock` lacks one."""
+    known = dict(stock.named_modules())
+    found: Structure = {}
+    for name, module in model.named_modules():
+        shaped = shape_of(module)
+        if shaped is None or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if name not in known:
+            raise ModelError(f"{name} is not in the {type(stock).__name__} of the config; change the config with it.")
+        if shaped != shape_of(known[name]):
+            found[name] = shaped
+    return found
+
+
+def reshape(model: nn.Module, structure: Mapping[str, Shaped]) -> nn.Module:
+    """Put modules without values in the places that `structure` names; returns `model`."""
+    for name, shaped in structure.items():
+        model.set_submodule(name, shaped.module())
+    return model
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of the modules whose parameters have shapes but no values; shared ones stay shared."""
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, {**parameters, **{id(b): b for b in model.buffers()}})
+
+
+def unit_of(model: nn.Module, name: str) -> str:
+    """The name that the linear `name` had in the original: that of the low-rank linear which it is a factor of."""
+    owner = name.rpartition(".")[0]
+    return owner if isinstance(model.get_submodule(owner), LowRankLinear) else name
+
+
+def as_json(structure: Mapping[str, Shaped]) -> list[dict[str, Any]]:
+    """[{kind, attributes, names}], the modules of one shape together."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name in sorted(structure):
+        group = {"kind": structure[name].kind, "attributes": structure[name].attributes}
+        groups.setdefault(json.dumps(group, sort_keys=True), {**group, "names": []})["names"].append(name)
+    return list(groups.values())
+
+
+def from_json(groups: list[dict[str, Any]]) -> Structure:
+    """The inverse of `as_json`. Raises KeyError for what is missing in one of them."""
+    return {n: Shaped(group["kind"], dict(group["attributes"])) for group in groups for n in group["names"]}

@@ -1,0 +1,58 @@
+"""compressor::lowrank_linear — y = (x · downᵀ) · upᵀ + b: a linear of rank R, in one call.
+
+Contract, all on one device:
+    x      [..., K]    any float dtype; y has the same
+    down   [R, K]      any float dtype
+    up     [N, R]      any float dtype
+    bias   [N]         float, optional
+`reference` is the specification. On a CPU the op runs the fused kernel where it was built (kernels/ort): float32 sums,
+bfloat16 factors read as they are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressor.kernels import native
+
+Factors = tuple[Tensor, Tensor | None, Tensor | None]  # down, up, bias; without `up`, `down` is a dense [N, K]
+
+
+def product(x: Tensor, factors: Factors) -> Tensor:
+    """The linear of these factors, in the dtype of x."""
+    down, up, bias = (t if t is None else t.to(x.dtype) for t in factors)
+    assert down is not None
+    return F.linear(x, down, bias) if up is None else F.linear(F.linear(x, down), up, bias)
+
+
+def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, (down, up, bias))
+
+
+def run_native(op: str, attributes: dict[str, str | int], x: Tensor, factors: list[Factors | None]) -> Tensor:
+    """y [..., N] of the last factors, in the dtype of x, by a fused kernel; its other inputs are the factors."""
+    tensors: list[Tensor | None] = []
+    for down, up, bias in (f or (None, None, None) for f in factors):
+        tensors += [_readable(down), _readable(up), None if bias is None else bias.float()]
+    rows = next(t for t in (tensors[-2], tensors[-3]) if t is not None).shape[0]
+    return native.run(op, attributes, [x.float(), *tensors], (*x.shape[:-1], rows)).to(x.dtype)
+
+
+def _readable(matrix: Tensor | None) -> Tensor | None:
+    return matrix if matrix is None or matrix.dtype == torch.bfloat16 else matrix.float()
+
+
+def _fused(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype == torch.float64:
+        return reference(x, down, up, bias)
+    return run_native("LowRankLinear", {}, x, [(down, up, bias)])
+
+
+lowrank_linear = native.op("lowrank_linear", reference, _fused)
+
+
+@lowrank_linear.register_fake
+def _(x, down, up, bias):
+    return x.new_empty((*x.shape[:-1], up.shape[0]))
