@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from compressor.kernels.native import register_ops
     from compressor.pipeline import compress
     from compressor.recipe import Recipe
+    from compressor.transformers_loader import register_transformers
 
-__all__ = ["Artifact", "Recipe", "compress", "load", "register_ops"]
+__all__ = ["Artifact", "Recipe", "compress", "load", "register_ops", "register_transformers"]
 
 _HOME = {
     "Artifact": "compressor.artifact",
@@ -26,6 +27,7 @@ _HOME = {
     "compress": "compressor.pipeline",
     "load": "compressor.folder",
     "register_ops": "compressor.kernels.native",
+    "register_transformers": "compressor.transformers_loader",
 }
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SECTION = "compressor"
 SECTION_FORMAT, RESHAPED = 1, 2  # the second has modules of other shapes than the config's
 
+REFUSAL = "none; open this folder with compressor.load, because "  # what transformers_loader.py recognizes
+
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 # A runtime rounds block scales to `scale_dtype` only when it is named.
 _FP4 = {
@@ -222,7 +224,7 @@ def _refusal(reason: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "dense",
-        "config_groups": {f"none; open this folder with compressor.load, because {reason}": ["Linear"]},
+        "config_groups": {f"{REFUSAL}{reason}": ["Linear"]},
         "ignore": [],
     }
 
