@@ -94,27 +94,53 @@ def cut(model: nn.Module, what: Prunable, keep: Tensor, reader_weights: Mapping[
 
     reader_weights   what the readers multiply the kept channels with, [N, K'] each; their own columns where absent
     """
-    stays = torch.zeros(what.units, dtype=torch.bool)
-    stays[keep] = True
     for name, rows in what.rows.items():
         layer: Any = model.get_submodule(name)
-        kept = stays[rows]
-        model.set_submodule(name, _sliced(layer, layer.weight.detach()[kept.to(layer.weight.device)], kept))
-    columns = stays[what.columns]
+        kept = _places(rows, keep).to(layer.weight.device)
+        bias = None if layer.bias is None else layer.bias.detach()[kept]
+        model.set_submodule(name, linear_like(layer, layer.weight.detach()[kept], bias))
     for name in what.readers:
         layer = model.get_submodule(name)
-        given = (reader_weights or {}).get(name)
-        weight = layer.weight.detach()[:, columns.to(layer.weight.device)] if given is None else given
-        model.set_submodule(name, _sliced(layer, weight.to(layer.weight)))
+        weight = (reader_weights or {}).get(name)
+        if weight is None:
+            weight = layer.weight.detach()[:, _places(what.columns, keep).to(layer.weight.device)]
+        model.set_submodule(name, linear_like(layer, weight.to(layer.weight), layer.bias))
 
 
-def _sliced(layer: Any, weight: Tensor, kept_rows: Tensor | None = None) -> nn.Linear:
+def pad(model: nn.Module, what: Prunable, keep: Tensor, units: int) -> None:
+    """After `cut`, units of zeros behind the kept ones up to `units`: the model computes the same.
+
+    Raises ValueError for rows that are not in the order of the units, once or several times over.
+    """
+    count, size = len(keep), len(what.columns) // what.units
+    for name in (*what.rows, *what.readers):
+        layer: Any = model.get_submodule(name)
+        reads = name in what.readers
+        order = what.columns if reads else what.rows[name]
+        if not torch.equal(order, torch.arange(what.units).repeat_interleave(size).repeat(len(order) // what.units // size)):
+            raise ValueError(f"{name}: the order of its rows leaves no place for zeros")
+        weight = layer.weight.detach()
+        if reads:
+            padded, bias = nn.functional.pad(weight, (0, (units - count) * size)), layer.bias
+        else:
+            padded = nn.functional.pad(weight.unflatten(0, (-1, count)), (0, 0, 0, units - count)).flatten(0, 1)
+            bias = layer.bias
+            if bias is not None:
+                bias = nn.functional.pad(bias.detach().unflatten(0, (-1, count)), (0, units - count)).flatten()
+        model.set_submodule(name, linear_like(layer, padded, bias))
+
+
+def _places(units: Tensor, keep: Tensor) -> Tensor:
+    """Where `units` [N] is one of keep [M], in ascending order."""
+    return torch.isin(units, keep.cpu()).nonzero()[:, 0]
+
+
+def linear_like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear of weight [N, K] and bias [N], in the mode of `layer`."""
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.out_features, made.in_features = weight.shape
     made.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
-    if (bias := layer.bias) is not None:
-        value = bias if kept_rows is None else bias.detach()[kept_rows.to(bias.device)]
-        made.bias = value if kept_rows is None else nn.Parameter(value, bias.requires_grad)
+    made.bias = None if bias is None else nn.Parameter(bias.detach(), layer.weight.requires_grad)  # type: ignore
     return made.train(layer.training)
 
 
@@ -220,7 +246,7 @@ def _proven(under: Probe, what: Prunable) -> bool:
         for name in what.readers:
             layer: Any = under.block.get_submodule(name)
             weight = layer.weight.detach() * columns.to(layer.weight)
-            under.block.set_submodule(name, _sliced(layer, weight))
+            under.block.set_submodule(name, linear_like(layer, weight, layer.bias))
 
     before = _results(under, what, lambda: None)
     zeroed = _results(under, what, masked)

@@ -2,15 +2,12 @@
 
     keep_ratios   from how much each block turns the residual stream (CFSP's coarse importance), scale free
     apportion     ratios -> whole multiples of an alignment, by largest remainder, so that the total is met
-    cheapest      measured costs of removing 1, 2, … multiples -> the removals with the least cost in total
 
 Counts are in multiples ("steps") of the alignment unless a name says otherwise.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,17 +18,17 @@ ROOM = 1.05  # CFSP's: the largest ratio stays this factor short of keeping ever
 ALIGNMENTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
-def alignment(units: int, wanted: int | None, most: int = 12) -> int:
-    """`wanted`, or the largest of 128, 64, … that divides `units` into `most` steps or more.
+def alignment(units: Sequence[int], wanted: int | None, least_steps: int = 12) -> int:
+    """`wanted`, or the largest of 128, 64, … that divides all widths into `least_steps` or more.
 
-    Raises ValueError for a wanted alignment that does not divide the width.
+    Raises ValueError for a wanted alignment that does not divide a width.
     """
-    if wanted is not None:
-        if units % wanted:
-            fitting = ", ".join(str(a) for a in ALIGNMENTS if units % a == 0)
-            raise ValueError(f"align {wanted} does not divide its width {units}; use one of {fitting}")
-        return wanted
-    return next((a for a in ALIGNMENTS if units % a == 0 and units // a >= most), 1)
+    if wanted is None:
+        return next((a for a in ALIGNMENTS if all(u % a == 0 and u // a >= least_steps for u in units)), 1)
+    if misfit := next((u for u in units if u % wanted), None):
+        fitting = ", ".join(str(a) for a in ALIGNMENTS if misfit % a == 0)
+        raise ValueError(f"align {wanted} does not divide a width of {misfit} channels; use one of {fitting}")
+    return wanted
 
 
 def keep_ratios(omega: Tensor, pruned: float, kappa: float = KAPPA, floor: float = 0.0) -> Tensor:
@@ -69,40 +66,3 @@ def apportion(quotas: Sequence[float], most: Sequence[int], total: int) -> list[
         i = max(open_, key=lambda i: (quotas[i] - kept[i]) * (1 if up else -1))
         kept[i] += 1 if up else -1
     return kept
-
-
-def cheapest(costs: Sequence[Tensor], total: int) -> list[int]:
-    """How many steps to remove from each part, `total` in all, so that the sum of costs is least.
-
-    costs   per part [S + 1], the cost of removing 0, 1, … S steps, the first of them 0
-
-    Exact where costs are convex; else on their lower convex hulls, with the one part that the budget cuts inside a hull
-    edge. Raises ValueError for more than can be removed.
-    """
-    if not 0 <= total <= sum(len(c) - 1 for c in costs):
-        raise ValueError(f"{total} steps cannot be removed: there are {sum(len(c) - 1 for c in costs)}")
-    slopes = [_hull_slopes(c.double()) for c in costs]
-    removed = [0] * len(costs)
-    heap = [(s[0], i) for i, s in enumerate(slopes) if s]
-    heapq.heapify(heap)
-    for _ in range(total):
-        _, i = heapq.heappop(heap)
-        removed[i] += 1
-        if removed[i] < len(slopes[i]):
-            heapq.heappush(heap, (slopes[i][removed[i]], i))
-    return removed
-
-
-def _hull_slopes(cost: Tensor) -> list[float]:
-    """The slope of the lower convex hull over each step, [S]."""
-    values = cost.tolist()
-    hull = [0]
-    for i in range(1, len(values)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (values[b] - values[a]) * (i - b) < (values[i] - values[b]) * (b - a):
-                break
-            hull.pop()
-        hull.append(i)
-    edges = itertools.pairwise(hull)
-    return [(values[b] - values[a]) / (b - a) for a, b in edges for _ in range(b - a)]

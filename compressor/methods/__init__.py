@@ -27,6 +27,7 @@ model.
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.cfsp import CFSP
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
@@ -43,4 +44,5 @@ METHODS = {
     "rotate": Rotate,
     "smooth": Smooth,
     "svd": SVD,
+    "cfsp": CFSP,
 }
