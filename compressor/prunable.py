@@ -108,20 +108,20 @@ def cut(model: nn.Module, what: Prunable, keep: Tensor, reader_weights: Mapping[
 
 
 def pad(model: nn.Module, what: Prunable, keep: Tensor, units: int) -> None:
-    """After `cut`, units of zeros behind the kept ones up to `units`: the model computes the same.
+    """After `cut` of a feed-forward layer, channels of zeros behind the kept ones up to `units`: the same is computed.
 
-    Raises ValueError for rows that are not in the order of the units, once or several times over.
+    Raises ValueError for rows that are not in the order of the channels, once or several times over.
     """
-    count, size = len(keep), len(what.columns) // what.units
+    count = len(keep)
     for name in (*what.rows, *what.readers):
         layer: Any = model.get_submodule(name)
         reads = name in what.readers
         order = what.columns if reads else what.rows[name]
-        if not torch.equal(order, torch.arange(what.units).repeat_interleave(size).repeat(len(order) // what.units // size)):
+        if not torch.equal(order, torch.arange(what.units).repeat(len(order) // what.units)):
             raise ValueError(f"{name}: the order of its rows leaves no place for zeros")
         weight = layer.weight.detach()
         if reads:
-            padded, bias = nn.functional.pad(weight, (0, (units - count) * size)), layer.bias
+            padded, bias = nn.functional.pad(weight, (0, units - count)), layer.bias
         else:
             padded = nn.functional.pad(weight.unflatten(0, (-1, count)), (0, 0, 0, units - count)).flatten(0, 1)
             bias = layer.bias

@@ -56,7 +56,7 @@ def eliminate(
     scale = torch.ones(len(w), dtype=w.dtype) if importance is None else importance.double()
     scale = scale.to(w.device)[:, None]
     left = torch.arange(w.shape[1], device=w.device)
-    order: list[Tensor] = []
+    order: list[Tensor] = [left[:0]]
     costs = [0.0]
     while len(left) > least:
         score = (w.square() * scale).sum(0) / inverse.diagonal()

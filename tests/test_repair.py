@@ -73,6 +73,12 @@ def test_bias_keeps_the_mean_of_the_output(case):
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
+def test_nothing_to_eliminate(case):
+    weight, a = case
+    order, cost = eliminate(weight, a.T @ a / T, least=K)
+    assert order.tolist() == [] and cost.tolist() == [0.0]
+
+
 def test_dead_channels_are_no_obstacle():
     gram = torch.zeros(4, 4)
     order, cost = eliminate(torch.ones(2, 4), gram)

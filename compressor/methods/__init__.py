@@ -28,10 +28,12 @@ Adding a method is one file, its test and one line here.
 """
 
 from compressor.methods.cfsp import CFSP
+from compressor.methods.depth import Depth
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
+from compressor.methods.recover import Recover
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
 from compressor.methods.svd import SVD
@@ -45,4 +47,6 @@ METHODS = {
     "smooth": Smooth,
     "svd": SVD,
     "cfsp": CFSP,
+    "depth": Depth,
+    "recover": Recover,
 }

@@ -111,8 +111,8 @@ class CFSP:
         heads = [what for what in every if what.kind == "heads"] if self.heads else []
         if self.prune and not ffns:
             raise ModelError(
-                f"{type(model).__name__}: cfsp finds no feed-forward layer to prune among its targets; it needs linears "
-                f"each of whose channels goes to one column of another linear. Set prune: 0, or other targets."
+                f"{type(model).__name__}: cfsp finds no feed-forward layer to prune among its targets; it needs "
+                f"linears each of whose channels goes to one column of another. Set prune: 0, or other targets."
             )
         if self.heads and not heads:
             raise ModelError(
