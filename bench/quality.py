@@ -131,9 +131,10 @@ for share in (0.2, 0.3, 0.5):
     for score in ("random", "magnitude", "wanda_sp", "cfsp_code", "cfsp_rel", "out_energy"):
         ROWS[f"{share:.0%} of the channels, {score}"] = ("cfsp-20", pruned(share, score), best)
     ROWS[f"{share:.0%} of the channels, FLAP"] = ("cfsp-20", pruned(share, "flap", "global", "bias"), best)
-    for rule in (("out_energy", "cfsp", "none"), ("out_energy", "cfsp", "least_squares"), ("obs", "uniform", "least_squares")):
-        name = f"{share:.0%} of the channels, {', '.join(rule).replace('_', ' ')}"
-        ROWS[name] = ("cfsp-20", pruned(share, *rule), best)
+    ROWS[f"{share:.0%} of the channels, out_energy, cfsp"] = ("cfsp-20", pruned(share, "out_energy", "cfsp"), best)
+    for score, allocation in (("out_energy", "cfsp"), ("obs", "uniform")):
+        name = f"{share:.0%} of the channels, {score}, {allocation}, least squares"
+        ROWS[name] = ("cfsp-20", pruned(share, score, allocation, "least_squares"), best)
 ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
 ROWS["depth-10"] = ("depth-10", [], None)
 

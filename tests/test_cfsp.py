@@ -10,14 +10,15 @@ from compressor import Recipe, compress, load
 from compressor.errors import ModelError, RecipeError
 from compressor.model import linears
 from compressor.pipeline import plan_of
-from compressor.verify import FAILED, OK, verify
+from compressor.runtimes import OnnxSession, torch_greedy
 
 IDS = torch.arange(4, 40)[None]
 OBS = {"prune": 0.25, "score": "obs", "allocation": "cfsp"}
 
 
 def recipe(*steps, windows=3, **more):
-    return Recipe.from_dict({"calibration": {"windows": windows, "length": 24}, "steps": list(steps), **more})
+    base = {"calibration": {"windows": windows, "length": 24}, "exports": ["safetensors"]}
+    return Recipe.from_dict({**base, "steps": list(steps), **more})
 
 
 @pytest.fixture
@@ -87,14 +88,21 @@ def test_the_order_of_the_channels_does_not_matter(tiny, tiny_tokenizer, text):
     torch.testing.assert_close(first, second, atol=2e-2, rtol=2e-2)
 
 
-def test_repair_brings_the_output_nearer(pruned):
+def test_repair_loses_less_of_every_layers_output(pruned):
     errors = {}
-    for repair in ("none", "bias", "least_squares"):
-        model, artifact = pruned({"prune": 0.5, "repair": repair})
-        errors[repair] = (logits(artifact.model()) - logits(model)).norm().item()
+    for repair in ("none", "least_squares"):
+        _, artifact = pruned({"prune": 0.5, "repair": repair})
         rows = artifact.record["steps"]["1 cfsp"]["layers"].values()
-        assert all(0 < row["error"] for row in rows)
-    assert errors["least_squares"] < errors["none"] and errors["bias"] < errors["none"]
+        errors[repair] = [row["error"] for row in rows]
+    assert all(0 < a < 0.9 * b for a, b in zip(errors["least_squares"], errors["none"], strict=True))
+
+
+def test_a_bias_of_flap_is_refused_by_stock_transformers_with_the_reason(pruned, tmp_path):
+    _, artifact = pruned({"prune": 0.5, "score": "flap", "allocation": "uniform", "repair": "bias"})
+    artifact.save(tmp_path / "out")
+    assert artifact.model().model.layers[0].mlp.down_proj.bias.abs().max() > 0
+    with pytest.raises(Exception, match=r"(?i)compressor.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_one_width_is_a_plain_config_that_everybody_loads(pruned, tmp_path):
@@ -106,22 +114,26 @@ def test_one_width_is_a_plain_config_that_everybody_loads(pruned, tmp_path):
     stock.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(stock))
-    assert {row.runtime: row.status for row in verify(tmp_path / "out") if row.status == FAILED} == {}
 
 
-def test_a_width_for_each_layer_loads_with_us_and_in_onnxruntime_and_saves_again(pruned, tmp_path):
-    _, artifact = pruned(OBS | {"a": 20.0}, num_hidden_layers=3)
-    assert len(set(widths(artifact.model()))) > 1 and len(artifact.structure) >= 3
+def test_shapes_of_each_layer_in_onnxruntime_and_saved_again(tiny, tiny_tokenizer, text, tmp_path):
+    """Fewer blocks, a key-value head less and a width for each layer: the graph and its cache have those shapes."""
+    steps = ({"depth": {"drop": 0.25}}, {"cfsp": OBS | {"a": 20.0, "heads": 1}})
+    chosen = recipe(*steps, exports=["safetensors", "onnx"])
+    artifact = compress(tiny("llama", num_hidden_layers=4), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
+    model = artifact.model()
+    assert len(set(widths(model))) > 1 and len(widths(model)) == 3 and artifact.structure
     artifact.save(tmp_path / "out")
-    rows = verify(tmp_path / "out")
-    assert {row.runtime: row.status for row in rows}["onnxruntime"] == OK
-    assert not [row for row in rows if row.status == FAILED]
+    session = OnnxSession(tmp_path / "out")
+    found, cache = session.prefill(IDS)
+    torch.testing.assert_close(found, logits(model), atol=1e-3, rtol=1e-3)
+    assert len(cache) == 6 and {c.shape[1] for c in cache.values()} == {1}
+    assert session.greedy(IDS, 4) == torch_greedy(model, IDS, 4)
     loaded = load(tmp_path / "out")
-    assert torch.equal(logits(loaded.model()), logits(artifact.model()))
+    assert torch.equal(logits(loaded.model()), logits(model))
+    loaded.recipe = chosen.model_copy(update={"exports": ["safetensors"]})
     loaded.save(tmp_path / "again")
-    assert torch.equal(logits(load(tmp_path / "again").model()), logits(artifact.model()))
-    with pytest.raises((ValueError, RuntimeError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "again").model()), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
@@ -142,10 +154,9 @@ def test_heads_go_in_whole_groups_and_the_config_says_so(pruned, tmp_path, kind)
     artifact.save(tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     torch.testing.assert_close(logits(stock), logits(model), atol=2e-4, rtol=1e-3)
-    assert {row.runtime: row.status for row in verify(tmp_path / "out") if row.status == FAILED} == {}
 
 
-def test_later_steps_store_what_is_left(tiny, tiny_tokenizer, text, tmp_path):
+def test_later_steps_store_what_is_left(tiny, tiny_tokenizer, text):
     steps = (
         {"cfsp": {"prune": 0.3, "align": 32}},
         {"quantize": {"weights": "nvfp4", "activations": "nvfp4", "rounding": "gptq"}},
@@ -154,12 +165,10 @@ def test_later_steps_store_what_is_left(tiny, tiny_tokenizer, text, tmp_path):
     packed = artifact.packed["model.layers.0.mlp.down_proj"].attributes
     assert packed["in_features"] == 64 and len(artifact.packed) == 14
     assert artifact.record["ledger"][0]["after"] == "1 cfsp"
-    artifact.save(tmp_path / "out")
-    assert {row.runtime: row.status for row in verify(tmp_path / "out") if row.status == FAILED} == {}
 
 
 def test_low_rank_after_pruning(tiny, tiny_tokenizer, text):
-    steps = ({"cfsp": {"prune": 0.25}}, {"svd": {"keep": 0.8, "targets": ["*.down_proj"]}})
+    steps = ({"cfsp": {"prune": 0.25, "allocation": "uniform"}}, {"svd": {"keep": 0.8, "targets": ["*.down_proj"]}})
     artifact = compress(tiny("llama"), recipe(*steps), tokenizer=tiny_tokenizer, data=text, measure=False)
     assert artifact.model().model.layers[0].mlp.down_proj.in_features == 72
 

