@@ -91,7 +91,7 @@ def run_blocks(
             for (name, _), a, b in zip(named, calls, again, strict=True):
                 if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
                     raise ModelError(f"{name}: its arguments besides hidden states depend on the text; {UNSUPPORTED}")
-        spool = _Spool(file)
+        spool = Spool(file)
         for i, window in enumerate(windows):
             spool.write(i, first_hidden(model, window, named[0][1]))
         progress.stage("calibrate", len(named) * len(windows) * (2 if sequential else 1))
@@ -246,7 +246,7 @@ def _without_cache(value: Any) -> Any:
     return None if hasattr(value, "get_seq_length") else value
 
 
-class _Spool:
+class Spool:
     """Hidden states [1, L, H] of every window in a file; a block's output takes its input's place."""
 
     def __init__(self, file: IO[bytes]):

@@ -8,7 +8,7 @@ is what will be rounded: of a linear that rotates its input, the rotated input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.blockwise import Named, run_blocks
+from compressor.blockwise import Call, Named, device_of, run_blocks
 from compressor.errors import DataError, NumericsError
 from compressor.kernels import activations as act
 from compressor.layers import hadamard_of
@@ -192,6 +192,17 @@ def _turning(block: nn.Module, angle: TokenAngle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def site_order(block: nn.Module, call: Call, hidden: Tensor, chosen: Mapping[str, nn.Linear]) -> list[Site]:
+    """The sites of one block in the order in which it uses them; `hidden` [1, L, H] is what it gets.
+
+    Linears of `chosen` that see no token are in none.
+    """
+    gathering = _Gathering(dict(chosen), set())
+    with torch.no_grad(), gathering.listen():
+        call.run(block, hidden.to(device_of(block)))
+    return [Site(tuple(names), chosen[names[0]].in_features) for names in gathering.members]
 
 
 class _Gathering:

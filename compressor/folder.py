@@ -105,7 +105,7 @@ def manifest_of(artifact: Artifact, folder: Path) -> dict[str, Any]:
         # Hashed in memory: what the file is checked against is what was measured, not what was written.
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         tensors[name] = {"shape": list(tensor.shape), "sha256": hashlib.sha256(raw.data).hexdigest()}
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(),

@@ -100,9 +100,21 @@ class QuantModule(nn.Module):
 
 
 class QuantLinear(QuantModule):
-    """A linear layer; y has the dtype of x and the arithmetic is float32."""
+    """A linear layer; y has the dtype of x and the arithmetic is float32.
+
+    One whose rounding error is corrected (methods/correct.py) adds U (V x), x being the input before any rounding:
+    `correction_down` V [R, K] and `correction_up` U [N, R], bf16.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.rounded(x)
+        if (down := self.optional("correction_down")) is None:
+            return y
+        up = self.stored("correction_up").to(x.dtype)
+        return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What the stored weights give, without the correction."""
         if self.padding:
             x = nn.functional.pad(x, (0, self.padding))
         if self.dense is None:

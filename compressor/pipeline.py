@@ -7,7 +7,7 @@ so the original is still there to measure against. Steps work on a twin that sha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
@@ -26,7 +26,7 @@ from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
 from compressor.methods.structural import Rewriting, Structural
-from compressor.methods.transform import Transform, stores
+from compressor.methods.transform import Transform, amends, stores
 from compressor.model import (
     Loaded,
     as_loaded,
@@ -39,10 +39,11 @@ from compressor.model import (
     unaccounted,
     untie,
 )
+from compressor.paired import calibrate_pairs
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step, shares_a_budget
 from compressor.run import Run
-from compressor.sensitivity import output_fisher
+from compressor.sensitivity import Fisher, output_fisher
 from compressor.structure import Structure, as_json, between, hollow, unit_of
 from compressor.table_budget import auto_tables, head_among, weighed
 from compressor.tables import HEAD_WINDOWS, head_importance, pack_tables, place_tables
@@ -125,7 +126,7 @@ def compress(
     working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
-    stored = _stored(placements)
+    stored = _stored(placements, outlined(loaded.model, recipe))
     structure: Structure = {}
     reports: dict[str, Any] = {}
     ledger: list[dict[str, Any]] = []  # what is left of the model after each step that changed its shapes
@@ -135,10 +136,14 @@ def compress(
             reports[f"{number} {step.method}"] = _reshape(working, step, recipe, run)
             structure = between(skeleton(working.config, loaded.kind), working)
             placements, _ = _place(working, recipe, number)
-            stored = _stored(placements)
+            stored = _stored(placements, outlined(working, recipe, number))
             ledger.append({"after": f"{number} {step.method}", "parameters": _count(working)})
             if held_out is not None:
                 ledger[-1] |= _quality(loaded, working, held_out, run)
+            continue
+        if amends(step.options):
+            changed, reports[f"{number} {step.method}"] = _amend(working, step, packed, recipe, run)
+            packed |= changed
             continue
         names = {n for n, (owner, place) in placements.items() if owner is step and place.kept is None}
         if isinstance(step.options, Transform):
@@ -182,9 +187,55 @@ def compress(
     return artifact
 
 
-def _stored(placements: Mapping[str, tuple[Step | None, Placement]]) -> set[str]:
-    """The linears that some step packs."""
-    return {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
+def _amend(
+    model: nn.Module, step: Step, packed: Mapping[str, Packed], recipe: Recipe, run: Run
+) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """What one step adds to the targeted linears among `packed`, block by block, and its report."""
+    options = step.options
+    layers = {n: m for n, m in linears(model).items() if n in packed and _targeted(step, n)}
+    decisions = _decide(model, step, set(layers), recipe, run, packed)
+    made: dict[str, Packed] = {}
+    report: dict[str, Any] = {}
+
+    def amend_block(part: Calibration) -> None:
+        inside = {n: m for n, m in layers.items() if n in part}
+        changed, rows = options.amend(inside, part, packed, decisions)
+        made.update(changed)
+        report.update(rows)
+
+    calibrate_blocks(model, run.windows, options.needs(), amend_block, layers, run.progress, run.device, run.dtype)
+    return made, report
+
+
+def _decide(
+    model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: Run, packed: Mapping[str, Packed] | None = None
+) -> Any:
+    """Decisions over the whole model from a survey of one block at a time; packed: of a step that amends."""
+    options = step.options
+    layers = {n: m for n, m in linears(model).items() if n in names}
+    looked: list[Any] = []
+    if needs := options.survey_needs():
+        fisher = _fisher(model, list(layers), recipe, run)
+
+        def look(part: Calibration) -> None:
+            inside = {n: m for n, m in layers.items() if n in part}
+            looked.append(options.survey(inside, part, fisher, *([] if packed is None else [packed])))
+
+        windows = run.windows[:SURVEY_WINDOWS]
+        calibrate_blocks(model, windows, needs, look, names, run.progress, run.device, run.dtype)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return options.decide(reduce(or_, looked) if looked else None, shapes)
+
+
+def _fisher(model: nn.Module, names: list[str], recipe: Recipe, run: Run, rows: str | None = None) -> Fisher:
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return output_fisher(model, run.windows[:FISHER_WINDOWS], names, generator, run.progress, run.device, rows)
+
+
+def _stored(placements: Mapping[str, tuple[Step | None, Placement]], model: nn.Module) -> set[str]:
+    """The linears that some step packs, and those whose factors it packs; `model` has the shapes that are packed."""
+    names = {n for n, (owner, place) in placements.items() if owner is not None and place.kept is None}
+    return names | {unit_of(model, n) for n in names}
 
 
 def _count(model: nn.Module) -> int:
@@ -197,7 +248,7 @@ def _reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str
     names = {n for n in linears(model) if _targeted(step, n)}
     if isinstance(options, Rewriting):
         return options.rewrite(model, names, run)
-    decisions = _survey(model, step, names, recipe, run)
+    decisions = (_decide if hasattr(options, "decide") else _survey)(model, step, names, recipe, run)
     needs = options.needs()
     seen = run.windows if needs else run.windows[:1]
     if options.whole:
@@ -208,6 +259,9 @@ def _reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str
     def reshape_block(part: Calibration) -> None:
         parts.append(options.reshape(model, part, decisions))
 
+    if getattr(options, "paired", False):
+        calibrate_pairs(model, twin(model), seen, reshape_block, names, run.progress, run.device, run.dtype)
+        return reduce(or_, parts, {})
     sequential = options.sequential and bool(needs)
     calibrate_blocks(model, seen, needs, reshape_block, names, run.progress, run.device, run.dtype, sequential)
     return reduce(or_, parts, {})
@@ -253,11 +307,8 @@ def _survey(model: nn.Module, step: Step, names: set[str], recipe: Recipe, run: 
     head, embedding = head_among(model, tables), embedding_name(model)
     fisher = None
     if options.sensitivity == "kl":
-        generator = torch.Generator().manual_seed(recipe.seed)
         asked = [*layers, *([head] if head else [])]
-        rows = embedding if embedding in tables else None
-        few = windows[:FISHER_WINDOWS]
-        fisher = output_fisher(model, few, asked, generator, run.progress, run.device, rows)
+        fisher = _fisher(model, asked, recipe, run, embedding if embedding in tables else None)
     if not tables:
         return options.survey(layers, calibration, fisher)
     importance = head_importance(model, windows[:HEAD_WINDOWS]) if head else None
@@ -322,9 +373,12 @@ def plan_of(model: nn.Module | str | Path | None, recipe: Recipe) -> Plan:
     return Plan(rows, 2 * (inside_before + sum(shape[0] * shape[1] for shape, _ in tables.values())))
 
 
-def outlined(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model with the shapes that the budgets of the recipe's structural steps imply, and then without values."""
-    steps = [step for step in recipe.steps if isinstance(step.options, Structural)]
+def outlined(model: nn.Module, recipe: Recipe, done: int = 0) -> nn.Module:
+    """The model with the shapes that the budgets of the recipe's structural steps imply, and then without values.
+
+    model   what comes in, or the working model after the first `done` steps
+    """
+    steps = [step for step in recipe.steps[done:] if isinstance(step.options, Structural)]
     model = hollow(model) if steps else model
     for step in steps:
         step.options.outline(model, [n for n in linears(model) if _targeted(step, n)])
@@ -382,6 +436,17 @@ def _place(
                 step.options.outline(model, [n for n in layers if _targeted(step, n)])
                 layers = linears(model)
             reshaped |= {n: f"{where}: bf16" for n in layers if _targeted(step, unit_of(model, n))}
+        if amends(step.options):
+            for name, (owner, place) in placed.items():
+                if owner is not None and place.kept is None and _targeted(step, name):
+                    if owner.options.sequential:
+                        raise RecipeError(
+                            f"{where}: needs the weights that {owner.method} replaces where sequential is true; set "
+                            f"{owner.method}.sequential=false."
+                        )
+                    size = place.size_bytes + step.options.extra_bytes(*layers[name].weight.shape)
+                    note = f"{place.note}; " if place.note else ""
+                    placed[name] = (owner, replace(place, size_bytes=size, note=f"{note}{step.method} on average"))
         if not stores(step.options):
             continue
         for name, layer in layers.items():

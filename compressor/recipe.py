@@ -66,7 +66,7 @@ class Recipe(_Frozen):
     embedding: TableChoice = "bf16"
     lm_head: TableChoice = "bf16"
     head_activations: Literal["none", "int8"] = "none"  # of a head in FP4: one scale a token, taken when the model runs
-    exports: Annotated[list[Literal["safetensors", "onnx"]], Field(min_length=1)] = ["safetensors", "onnx"]
+    exports: Annotated[list[Literal["safetensors", "onnx", "lora"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
     steps: Annotated[list[Step], Field(min_length=1)]
 

@@ -85,6 +85,40 @@ class Gram(Statistic):
         return upper.add_(upper.triu(1).T).div_(self.tokens)
 
 
+class CrossGram(Statistic):
+    """Mean of x₀ xᵀ, [K, K], x an input and x₀ what it was before the layers in front of it were changed."""
+
+    def __init__(self, features: int):
+        self.features = features
+        self.total: Tensor | None = None
+
+    @classmethod
+    def start(cls, features: int) -> Self:
+        return cls(features)
+
+    def add(self, x: Tensor) -> None:
+        """Tokens that are what they were."""
+        self.add_pair(x, x)
+
+    def add_pair(self, x: Tensor, before: Tensor) -> None:
+        """The same T tokens now and before, both [T, K]."""
+        x, before = x.float(), before.float()
+        if self.total is None:
+            self.total = x.new_zeros(self.features, self.features)
+        self.total.addmm_(before.T, x)
+        self.tokens += len(x)
+
+    def merge(self, other: Self) -> None:
+        if other.total is not None:
+            self.total = other.total.clone() if self.total is None else self.total + other.total.to(self.total.device)
+            self.tokens += other.tokens
+
+    def value(self) -> Tensor:
+        self._require_tokens()
+        assert self.total is not None
+        return self.total / self.tokens
+
+
 class BlockNoise(Statistic):
     """Mean squared error of rounding x to E2M1 in blocks of 16 with their ideal scale, per channel, [K].
 

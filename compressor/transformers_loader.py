@@ -42,7 +42,7 @@ def _register(auto: Any) -> None:
     @auto.register_quantization_config(METHOD)
     class Config(QuantizationConfigMixin):
         def __init__(self) -> None:
-            self.quant_method = METHOD
+            self.quant_method: Any = METHOD
 
     class Recognizing(stock):  # type: ignore[misc,valid-type]
         @classmethod

@@ -120,7 +120,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Check]:
                         "tensor missing" if name not in found else "tensor differs from what was measured",
                     )
                 )
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in manifest["files"] and p.name != MANIFEST)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    extra = sorted(names - set(manifest["files"]) - {MANIFEST})
     if extra:
         rows.append(Check("files", "extra files", SKIPPED, f"not in the manifest: {', '.join(extra[:5])}"))
     return rows or [Check("files", "hashes", OK, f"{len(manifest['files'])} files, {len(manifest['tensors'])} tensors")]

@@ -40,9 +40,10 @@ class Decomposition:
         """A [N, rank], B [rank, K]."""
         return self.basis[:, :rank], self.coordinates[:rank]
 
-    def loss(self, rank: int) -> float:
-        """‖R^½ (W − A B) L‖² of the factors of this rank."""
-        return self.values[rank:].square().sum().item()
+    def losses(self) -> Tensor:
+        """‖R^½ (W − A B) L‖² of the factors of rank 0, 1, …, S: [S + 1]."""
+        tails = self.values.square().flip(0).cumsum(0).flip(0)
+        return torch.cat((tails, tails.new_zeros(1)))
 
 
 def weighted_svd(weight: Tensor, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Decomposition:
@@ -64,6 +65,18 @@ def weighted_svd(weight: Tensor, outputs: Tensor | None = None, inputs: Tensor |
     values = values.flip(0).clamp_min(0).sqrt()
     basis = u if left is None else _times(_inverse(left), u)
     return Decomposition(basis, u.T @ weighted, values)
+
+
+def shifted(weight: Tensor, cross: Tensor, own: Tensor, damping: float) -> Tensor:
+    """The weight that gives on changed inputs x what `weight` [N, K] gave on x₀, best in the mean of squares.
+
+    W' = W (E[x₀ xᵀ] + λ I) (E[x xᵀ] + λ I)⁻¹, λ = damping times the mean of diag(E[x xᵀ]): W again where nothing
+    changed, and near it where x has little power. cross E[x₀ xᵀ] [K, K], own E[x xᵀ] [K, K]; float64 [N, K].
+    """
+    own, cross = own.double(), cross.to(own.device, torch.float64)
+    ridge = damping * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    target = weight.detach().to(own) @ (cross + ridge)
+    return torch.linalg.solve(own + ridge, target, left=False)
 
 
 def _root(metric: Tensor | None, like: Tensor, floor: float = 0.0) -> Tensor | None:

@@ -75,6 +75,8 @@ def loads_in(artifact: Artifact) -> dict[str, str]:
     """{"transformers": "yes", or what a user of transformers should know instead}."""
     if reason := _reason(artifact, _stock_model(artifact)):
         return {"transformers": f"no: {reason}"}
+    if any("correction_down" in p.tensors for p in artifact.packed.values()):
+        return {"transformers": "without its low-rank correction, or with lora/adapter on lora/base"}
     if any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
         return {"transformers": "with activations rounded by abs-max instead of four-over-six"}
     return {"transformers": "yes"}

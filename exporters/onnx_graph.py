@@ -60,7 +60,7 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Module name -> (name of its input value, name of its output value), for the modules of `names` in the graph.
 
-    The values are the module's, not the node's: before padding, after an embedding's multiplier.
+    The values are the module's, not the node's: before padding, after an embedding's multiplier or a correction.
     """
     domains = (onnx_nodes.DOMAIN, onnx_nodes.STOCK_DOMAIN)
     producer = {out: node for node in graph.graph.node for out in node.output}
@@ -78,6 +78,8 @@ def compressed_nodes(graph: onnx.ModelProto, names: Mapping[str, Any]) -> dict[s
             source = before.input[0]
         if node.op_type in onnx_nodes.EMBEDDINGS and [n.op_type for n in users.get(target, [])] == ["Mul"]:
             target = users[target][0].output[0]
+        if "correction_down" in getattr(names[node.name], "tensors", ()):
+            target = next(user for user in users[target] if user.op_type == "Add").output[0]
         found[node.name] = (source, target)
     return found
 

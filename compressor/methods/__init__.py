@@ -21,6 +21,12 @@ A structural step puts modules of other shapes in place of linears, before anyth
     survey_needs(), survey(…)                          as above
     needs(), reshape(model, calibration, decisions) -> report
 
+A method that amends what earlier steps stored (methods/correct.py):
+
+    extra_bytes(out_features, in_features)             what it adds to a layer, from its shape
+    survey_needs(), survey(…), decide(…), needs()      as above
+    amend(layers, calibration, packed, decisions) -> ({name: Packed}, report)
+
 A method can store and transform: then `fold` sees all windows and returns decisions, and the rest works on the folded
 model.
 
@@ -28,6 +34,7 @@ Adding a method is one file, its test and one line here.
 """
 
 from compressor.methods.cfsp import CFSP
+from compressor.methods.correct import Correct
 from compressor.methods.depth import Depth
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
@@ -43,6 +50,7 @@ METHODS = {
     "mixed_bits": MixedBits,
     "outlier_tune": OutlierTune,
     "fp4": FP4,
+    "correct": Correct,
     "rotate": Rotate,
     "smooth": Smooth,
     "svd": SVD,

@@ -36,7 +36,15 @@ class ByBlock(Structural, Protocol):
         """The statistics for decisions over the whole model, often none."""
 
     def survey(self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None) -> Any:
-        """Those decisions: anything that `reshape` takes. Not called where `survey_needs` is empty."""
+        """Those decisions: anything that `reshape` takes. Not called where `survey_needs` is empty.
+
+        A method that also has
+
+            decide(looked, shapes) -> decisions       shapes: [N, K] of every linear of the step, by name
+
+        is asked block by block, so that one block's statistics are held; what comes back is joined by `|` and given to
+        it as `looked`, None where nothing was surveyed.
+        """
 
     def needs(self) -> set[type[Statistic]]:
         """The statistics of every input that `reshape` looks at."""
@@ -45,6 +53,7 @@ class ByBlock(Structural, Protocol):
         """Replace modules of `model`, a twin of the original; returns a dict of JSON for the manifest.
 
         Called block by block with that block's statistics, the block being where it ran; the parts are joined by `|`.
+        Where a method's `paired` is true, it is called site by site (paired.py).
         A step that changes what a config says (a width, a number of layers) changes `model.config`.
         """
 

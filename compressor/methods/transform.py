@@ -25,6 +25,11 @@ class Transform(Protocol):
         """
 
 
+def amends(options: object) -> bool:
+    """Whether a step's method adds to what earlier steps stored."""
+    return hasattr(options, "amend")
+
+
 def stores(options: object) -> bool:
     """Whether a step's method stores layers: all but a mere transform."""
     return hasattr(options, "place")
