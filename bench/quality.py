@@ -136,6 +136,7 @@ for share in (0.2, 0.3, 0.5):
         name = f"{share:.0%} of the channels, {score}, {allocation}, least squares"
         ROWS[name] = ("cfsp-20", pruned(share, score, allocation, "least_squares"), best)
 ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
+ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfsp, least squares")
 ROWS["depth-10"] = ("depth-10", [], None)
 
 

@@ -46,6 +46,16 @@ def scores(kind: Score, of: Channels, generator: torch.Generator) -> Tensor:
     return SCORE[kind](of, generator).float().cpu()
 
 
+def unit_energies(weight: Tensor, gram: Tensor, columns: Tensor, units: int) -> Tensor:
+    """[units] mean square of each unit's own term in y = W a: weight [N, K], gram [K, K], columns [K] their unit."""
+    energies = []
+    for unit in range(units):
+        own = (columns == unit).nonzero()[:, 0].to(weight.device)
+        part = weight[:, own].double()
+        energies.append(((part @ gram[own][:, own].to(part)) * part).sum())
+    return torch.stack(energies).cpu()
+
+
 def _rms(of: Channels) -> Tensor:
     return of.gram.diagonal().double().clamp_min(0).sqrt()
 

@@ -20,6 +20,7 @@ A structural step puts modules of other shapes in place of linears, before anyth
     outline(model, names)                              the shapes that its budget implies, on a model without values
     survey_needs(), survey(…)                          as above
     needs(), reshape(model, calibration, decisions) -> report
+    or rewrite(model, names, run) -> report             of one that runs the model itself
 
 A method that amends what earlier steps stored (methods/correct.py):
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressor.calibrate import Calibration, calibrate_blocks
 from compressor.config_fields import say, say_width
 from compressor.errors import ModelError, RecipeError
-from compressor.importance import Channels, Score, scores
+from compressor.importance import Channels, Score, scores, unit_energies
 from compressor.model import blocks
 from compressor.prunable import Prunable, cut, find_prunable, linear_like, pad
 from compressor.repair import least_squares, mean_bias
@@ -214,10 +214,7 @@ class CFSP:
         for what in heads:
             gram, _ = kept.get(what)
             weight = torch.cat([model.get_parameter(f"{n}.weight").detach() for n in what.readers])
-            energy = torch.zeros(what.units)
-            for unit in range(what.units):
-                own = (what.columns == unit).nonzero()[:, 0]
-                energy[unit] = ((weight[:, own] @ gram[own][:, own]) * weight[:, own]).sum()
+            energy = unit_energies(weight, gram, what.columns, what.units)
             keep = energy.argsort(descending=True, stable=True)[: what.units - self.heads].sort().values
             rows[what.readers[0]] = {"kept": keep.tolist(), "error": self._cut(model, what, keep, kept, run)}
             run.progress.advance()
