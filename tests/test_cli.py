@@ -102,7 +102,7 @@ def test_help_fits_one_screen_and_shows_an_example():
     assert "  compress --recipe w4a4 " in result.stdout
     for flag in "recipe model out data eval-text set seed device dry-run force no-verify json verbose".split():
         assert f"--{flag} " in result.stdout
-    for command in ("recipes", "verify", "eval", "bench"):
+    for command in ("recipes", "verify", "eval", "probe", "bench"):
         assert f"\n  {command} " in result.stdout
 
 
