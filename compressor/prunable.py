@@ -8,7 +8,7 @@ with half of the units cut out, the block must give what it gives with the reade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -142,6 +142,13 @@ def linear_like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Lin
     made.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
     made.bias = None if bias is None else nn.Parameter(bias.detach(), layer.weight.requires_grad)  # type: ignore
     return made.train(layer.training)
+
+
+def to_bf16(model: nn.Module, names: Collection[str]) -> None:
+    """Round the weights of linears to bf16, what structural steps leave their targets in."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, linear_like(layer, layer.weight.detach().bfloat16().float(), layer.bias))
 
 
 def _ffn(under: Probe, readers: tuple[str, ...]) -> Prunable | None:

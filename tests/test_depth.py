@@ -45,6 +45,7 @@ def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer
     assert report["left_out"] == ["model.layers.2"] and report["turned"]["model.layers.2"] < 1e-3
     assert artifact.config.num_hidden_layers == 3 and model.config.num_hidden_layers == 4
     torch.testing.assert_close(logits(artifact.model()), logits(model), atol=1e-4, rtol=1e-4)
+    assert all(t.dtype == torch.bfloat16 for n, t in artifact.kept.items() if n.endswith("proj.weight"))
     artifact.save(tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     torch.testing.assert_close(logits(stock, use_cache=True), logits(load(tmp_path / "out").model()), atol=0.05, rtol=0)

@@ -24,7 +24,7 @@ from compressor.config_fields import say, say_width
 from compressor.errors import ModelError, RecipeError
 from compressor.importance import Channels, Score, scores, unit_energies
 from compressor.model import blocks
-from compressor.prunable import Prunable, cut, find_prunable, linear_like, pad
+from compressor.prunable import Prunable, cut, find_prunable, linear_like, pad, to_bf16
 from compressor.repair import least_squares, mean_bias
 from compressor.run import Run
 from compressor.statistics import ChannelMean, Gram, TokenAngle
@@ -95,9 +95,7 @@ class CFSP:
                 report |= self._prune_ffns(model, ffns, omega, kept, run)
             if self.heads:
                 report["heads"] = self._prune_heads(model, heads, kept, run)
-        for name in names:
-            layer: Any = model.get_submodule(name)
-            model.set_submodule(name, linear_like(layer, layer.weight.detach().bfloat16().float(), layer.bias))
+        to_bf16(model, names)
         return report
 
     @property

@@ -3,8 +3,7 @@
     influence of a block = mean over tokens of the angle between its input and its output, over π
 
 One pass, no training. What is left is numbered anew: names, the layers of the cache, and every list of the config that
-has an entry for each layer.
-Generation suffers long before perplexity does.
+has an entry for each layer. Generation suffers long before perplexity does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from torch import nn
 
 from compressor.calibrate import calibrate_blocks
 from compressor.errors import RecipeError
-from compressor.model import blocks
+from compressor.model import blocks, linears
+from compressor.prunable import to_bf16
 from compressor.run import Run
 from compressor.statistics import TokenAngle
 
@@ -44,6 +44,8 @@ class Depth:
         inner = sorted(order[1:-1], key=lambda name: turned[name])
         gone = inner[: self._number(len(order))]
         leave_out(model, [order.index(name) for name in gone])
+        if gone:
+            to_bf16(model, [name for name in linears(model) if name in names])
         return {"turned": {n: round(a, 4) for n, a in turned.items()}, "left_out": sorted(gone, key=order.index)}
 
     def _number(self, count: int) -> int:

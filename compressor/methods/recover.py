@@ -25,7 +25,7 @@ from compressor.blockwise import forward, placed
 from compressor.errors import DataError, NumericsError, RecipeError
 from compressor.methods.depth import angles
 from compressor.model import blocks
-from compressor.prunable import linear_like
+from compressor.prunable import linear_like, to_bf16
 from compressor.run import Run
 from compressor.widths import KAPPA, apportion
 
@@ -89,9 +89,7 @@ class Recover:
         wrapped.merge_and_unload()
         for p, flag in flags:
             p.requires_grad_(flag)
-        for name in names:
-            layer = model.get_submodule(name)
-            model.set_submodule(name, linear_like(layer, layer.weight.detach().bfloat16().float(), layer.bias))
+        to_bf16(model, names)
         if hasattr(model, "peft_config"):
             del model.peft_config
         part = max(1, len(losses) // 10)
