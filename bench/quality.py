@@ -35,6 +35,7 @@ SMALL, EQUAL = 87.0757, 116.3431
 TABLES = {"bf16": 56.6232, "nvfp4": 15.9253, "int8-row": 28.4099}
 EIGHT = "weights: fp8, activations: fp8, on_misfit: keep, rounding: gptq"
 FOUR = "weights: nvfp4, activations: nvfp4, on_misfit: keep, rounding: gptq"
+A16 = "weights: nvfp4, on_misfit: keep, rounding: gptq"
 ENDS = [f"*.layers.{i}.*" for i in (0, 1, 2, 3, 26, 27, 28, 29)]
 ONE_SCALE = [f"outlier_tune.{o}" for o in ("alpha=0", "static_within=1000000", "hadamard=0", "rounding=nearest")]
 
@@ -51,6 +52,25 @@ def megabytes(size: float, table: str) -> list[str]:
     """mixed-small with `size` MB for linears and table, which is auto or has a format of its own."""
     linears = size - TABLES.get(table, 0.0)
     return [f"embedding={table}", f"lm_head={table}", "mixed_bits.bits=null", f"mixed_bits.size_mb={linears:.4f}"]
+
+
+def svd_rows() -> dict[str, tuple[str, list[str], str | None]]:
+    """What each part of the svd recipes is worth, from 10, 20 and 40 % of the linears' weights removed."""
+    uniform, two = "svd.allocation=uniform", "svd.form=plain"
+    rows: dict[str, tuple[str, list[str], str | None]] = {}
+    for share in (90, 80, 60):
+        keep, name = f"svd.keep={share / 100}", f"svd-{share}"
+        rows |= {
+            f"{name}, plain": ("svd-80", [keep, "svd.metric=plain", uniform, two], None),
+            f"{name}, asvd": ("svd-80", [keep, "svd.metric=asvd", uniform, two], f"{name}, plain"),
+            f"{name}, inputs": ("svd-80", [keep, "svd.metric=inputs", uniform, two], f"{name}, asvd"),
+            f"{name}, inputs, pivoted": ("svd-80", [keep, "svd.metric=inputs", uniform], f"{name}, inputs"),
+            f"{name}, fisher, pivoted": ("svd-80", [keep, uniform], f"{name}, inputs, pivoted"),
+            name: ("svd-80", [keep], f"{name}, fisher, pivoted"),
+        }
+    rows["svd-80, ranks of svd_llm2"] = ("svd-80", ["svd.allocation=svd_llm2"], "svd-80, fisher, pivoted")
+    rows["svd-80, ranks by relative error"] = ("svd-80", ["svd.allocation=relative"], "svd-80, fisher, pivoted")
+    return rows
 
 
 # Row -> (recipe, overrides, the row it is compared with).
@@ -98,6 +118,14 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "fp4-mixed, 5.38 bits": ("fp4-mixed", ["mixed_bits.bits=5.3776"], "FP8 for every down_proj"),
     "FP8 for the outer 8 blocks": ("fp4-mixed", eight_bits_for(ENDS), None),
     "fp4-mixed, 5.44 bits": ("fp4-mixed", ["mixed_bits.bits=5.4395"], "FP8 for the outer 8 blocks"),
+    **svd_rows(),
+    "svd-80 sequential": ("svd-80", ["svd.sequential=true"], "svd-80"),
+    "svd-w4a4": ("svd-w4a4", [], None),
+    "svd-w4a4, pivoted": ("svd-w4a4", ["svd.form=pivoted"], "svd-w4a4"),
+    "fp4-lowrank": ("fp4-lowrank", ["exports=[safetensors]"], "w4a4"),
+    "fp4-lowrank, equal ranks": ("fp4-lowrank", ["exports=[safetensors]", "correct.allocation=uniform"], "fp4-lowrank"),
+    "w4a4, 5 bits with FP8": ("fp4-mixed", ["mixed_bits.bits=5.0"], "fp4-lowrank"),
+    "nvfp4a16, corrected": ("nvfp4a16", [f"steps=[{{quantize: {{{A16}}}}}, {{correct: {{bits: 0.5}}}}]"], "nvfp4a16"),
     "w8a8": ("w8a8", [], None),
     "w8a8-outliertune": ("w8a8-outliertune", [], "w8a8"),
     "w8a8-outliertune nearest": ("w8a8-outliertune", ["outlier_tune.rounding=nearest"], "w8a8"),
@@ -179,14 +207,15 @@ def main() -> None:
         model = artifact.model(dense=True, device=arguments.device)
         found = measure(torch_runner(model), test, base)
         kls[name] = found.kl
+        covered = coverage(artifact)
         line = {
             "commit": git.stdout.strip(),
             "row": name,
             "calibration_windows": arguments.calibration_windows,
             "windows": arguments.windows,
             "device": arguments.device,
-            "bits_per_weight": coverage(artifact)["bits_per_compressed_weight"],
-            "parameters": coverage(artifact)["parameters"],
+            "bits_per_weight": covered["bits_per_compressed_weight"] or 16.0,  # factors that nothing packs are bf16
+            "parameters": round(covered["parameters"] / covered["original_parameters"], 4),
             "ppl_ratio": [math.exp(bound) for bound in paired_interval(found.losses, found.base_losses)],
             "ppl": found.losses.mean().exp().item(),
             "base_ppl": found.base_losses.mean().exp().item(),

@@ -261,6 +261,20 @@ def show_plan(plan: Any) -> None:
     say(table(title, rows), "", sums)
 
 
+def _weights(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many weights are left where some went, and how many bits those take that are packed."""
+    rows = []
+    if result["parameters"] != (before := result["original_parameters"]):
+        rows.append(("weights", f"{result['parameters'] / before:.1%} of {before / 1e6:.1f} million are left"))
+    for row in result["ledger"]:
+        found = quality_line(row) if "kl" in row or "cosine" in row else "not measured"
+        rows.append((f"after {row['after']}", found))
+    if result["coverage"]:
+        bits, share = result["bits_per_weight"], result["coverage"]
+        rows.append(("bits a weight", f"{bits:.2f} with scales, for {share:.1%} of all weights"))
+    return rows
+
+
 def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: Recipe) -> None:
     """What the main job did, how to load it, and what to do next."""
     folder, before, after = Path(result["folder"]), result["size_before"], result["size_after"]
@@ -270,7 +284,7 @@ def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: 
     peak = f", {megabytes(result['peak_bytes'])} at its peak" if result["peak_bytes"] else ""
     rows = [
         ("size", f"{megabytes(before)} in bf16 -> {megabytes(after)}, {before / after:.2f}x smaller"),
-        ("bits a weight", f"{result['bits_per_weight']:.2f} with scales, for {result['coverage']:.1%} of all weights"),
+        *_weights(result),
         (
             "calibrated on",
             f"{text['windows']} windows of {text['length']} tokens: {text['text']}" if text else "nothing",

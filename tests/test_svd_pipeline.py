@@ -114,6 +114,18 @@ def test_shapes_change_before_anything_is_stored(tiny):
         plan_of(tiny("llama"), recipe({"svd": {**SVD, "targets": ["*.nope"]}}))
 
 
+def test_transforms_before_it_fold_what_its_factors_store(tiny, tiny_tokenizer, text):
+    steps = [{"svd": {**SVD, "targets": ["*.mlp.*"]}}, {"quantize": FP4}]
+    smooth = {"smooth": {"rule": "smoothquant"}}
+    artifact = compress(tiny("llama"), recipe(smooth, *steps), tokenizer=tiny_tokenizer, data=text, measure=False)
+    folds = artifact.record["steps"]["1 smooth"]
+    assert folds["model.layers.0.mlp.gate_proj"]["kind"] == folds["model.layers.0.self_attn.q_proj"]["kind"] == "norm"
+    rotate = {"rotate": {"inputs": 16, "where": "all", "weights": "nvfp4", "activations": "nvfp4"}}
+    rotated = recipe(rotate, *steps, runtime="compressor")
+    with pytest.raises(ModelError, match=r"gate_proj: its input is rotated.*put rotate after svd"):
+        compress(tiny("llama"), rotated, tokenizer=tiny_tokenizer, data=text, measure=False)
+
+
 def test_widths_of_their_own_are_structure_too(tiny):
     """What a pruning step leaves: per-layer widths, a bias where there was none."""
     model = tiny("llama")

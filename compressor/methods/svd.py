@@ -62,7 +62,7 @@ class SVD:
     metric: Literal["plain", "asvd", "fwsvd", "inputs", "fisher"] = "inputs"
     alpha: float = 0.5
     allocation: Literal["uniform", "svd_llm2", "relative", "kl"] = "uniform"
-    floor: float = 0.5  # of the uniform rank, that relative and kl leave to every layer
+    floor: float = 0.25  # of the uniform rank, that relative and kl leave to every layer
     form: Literal["plain", "pivoted"] = "pivoted"
     rank_multiple: int = 16  # of every rank: a group of later formats, a tile of kernels
     sequential: bool = False  # each layer is fitted to what the factors before it give, and makes up for them
