@@ -4,6 +4,7 @@
 
 Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
 reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better.
+Perplexity comes with that of its ratio to the original's.
 Perplexity is over --windows windows, KL and top-1 over the first 16.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -141,6 +143,28 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
 }
 
 
+
+def pruned(share: float, score: str, allocation: str = "uniform", repair: str = "none") -> list[str]:
+    """cfsp-20 at another share and by another rule."""
+    rule = {"prune": share, "score": score, "allocation": allocation, "repair": repair}
+    return [f"cfsp.{name}={value}" for name, value in rule.items()]
+
+
+for share in (0.2, 0.3, 0.5):
+    best = f"{share:.0%} of the channels, obs, cfsp, least squares"
+    ROWS[best] = ("cfsp-20", pruned(share, "obs", "cfsp", "least_squares"), None)
+    for score in ("random", "magnitude", "wanda_sp", "cfsp_code", "cfsp_rel", "out_energy"):
+        ROWS[f"{share:.0%} of the channels, {score}"] = ("cfsp-20", pruned(share, score), best)
+    ROWS[f"{share:.0%} of the channels, FLAP"] = ("cfsp-20", pruned(share, "flap", "global", "bias"), best)
+    ROWS[f"{share:.0%} of the channels, out_energy, cfsp"] = ("cfsp-20", pruned(share, "out_energy", "cfsp"), best)
+    for score, allocation in (("out_energy", "cfsp"), ("obs", "uniform")):
+        name = f"{share:.0%} of the channels, {score}, {allocation}, least squares"
+        ROWS[name] = ("cfsp-20", pruned(share, score, allocation, "least_squares"), best)
+ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
+ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfsp, least squares")
+ROWS["depth-10"] = ("depth-10", [], None)
+
+
 def cache(run: Runner, windows: int) -> Runner:
     """The original's logits, computed once for all rows where 100 MB a window are little."""
     if windows > 64:
@@ -189,6 +213,7 @@ def main() -> None:
             "device": arguments.device,
             "bits_per_weight": covered["bits_per_compressed_weight"] or 16.0,  # factors that nothing packs are bf16
             "parameters": round(covered["parameters"] / covered["original_parameters"], 4),
+            "ppl_ratio": [math.exp(bound) for bound in paired_interval(found.losses, found.base_losses)],
             "ppl": found.losses.mean().exp().item(),
             "base_ppl": found.base_losses.mean().exp().item(),
             "kl": found.kl.mean().item(),
@@ -203,7 +228,8 @@ def main() -> None:
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(
-            f"| {name} | {line['bits_per_weight']:.2f} | {line['ppl']:.2f} ({line['base_ppl']:.2f} before) "
+            f"| {name} | {line['bits_per_weight']:.2f} | {line['ppl']:.2f} ({line['base_ppl']:.2f} before, "
+            f"x {line['ppl_ratio'][0]:.3f} … {line['ppl_ratio'][1]:.3f}) "
             f"| {line['kl']:.3f} | {line['top1']:.3f} | {against} |",
             flush=True,
         )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from compressor.kernels import activations as act
 from compressor.layers import hadamard_of
 from compressor.model import blocks, linears
 from compressor.progress import Progress, Silent
-from compressor.statistics import Statistic
+from compressor.statistics import Statistic, TokenAngle
 
 PROBE_TOKENS = 16  # enough for `sites` to run every part of a block
 
@@ -119,10 +120,12 @@ def calibrate_blocks(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     sequential: bool = False,
+    angles: dict[str, TokenAngle] | None = None,
 ) -> None:
     """Like `calibrate`, but `then` gets each block's part as soon as it is complete, and only one part is held.
 
     sequential   `then` may replace linears of the block; the blocks behind it see what the replaced ones compute
+    angles       filled with what each block that runs turns the residual stream by
     """
     if windows.dim() != 2 or not windows.numel():
         raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
@@ -138,7 +141,9 @@ def calibrate_blocks(
         if gathering.block != block:
             inside = {name: m for name, m in chosen.items() if name.startswith(f"{block}.")}
             gathering = _Gathering(inside, wanted, block)
-        return gathering.listen()
+        if angles is None:
+            return gathering.listen()
+        return _both(gathering.listen(), _turning(model.get_submodule(block), angles.setdefault(block, TokenAngle())))
 
     run_blocks(
         model,
@@ -166,6 +171,27 @@ def sites(model: nn.Module) -> list[Site]:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     return calibrate(model, tokens, ()).sites
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+@contextmanager
+def _turning(block: nn.Module, angle: TokenAngle) -> Iterator[None]:
+    """Around one forward of the block."""
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        x, y = args[0] if args else kwargs["hidden_states"], out if isinstance(out, Tensor) else out[0]
+        angle.add(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+
+    handle = block.register_forward_hook(see, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def site_order(block: nn.Module, call: Call, hidden: Tensor, chosen: Mapping[str, nn.Linear]) -> list[Site]:

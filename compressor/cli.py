@@ -272,6 +272,30 @@ def eval_command(
             console.say(console.quality_line(figures))
 
 
+@app.command("probe")
+def probe_command(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Any model; it is only read.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A text, .jsonl or .parquet file, or hub dataset.")
+    ] = None,
+    windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text.")] = 16,
+    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 512,
+    error: Annotated[float, typer.Option(metavar="E", help="Share of a layer's output that may be lost.")] = 0.05,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say how much depth and width each block would bear to lose; nothing is changed."""
+    with Job(verbose):
+        from compressor.tolerance import probe
+
+        with console.working(quiet=as_json, verbose=verbose) as progress:
+            rows = probe(source, data, windows=windows, length=length, error=error, progress=progress)
+        if as_json:
+            console.emit(rows)
+        else:
+            console.show_tolerances(rows, error)
+
+
 @app.command("bench")
 def bench_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What compress wrote.")],

@@ -178,6 +178,16 @@ def checks(rows: Sequence[Any]) -> Table:
     return table(("runtime", "check", "status", "detail"), [(r.runtime, r.check, r.status, r.detail) for r in rows])
 
 
+def show_tolerances(rows: Sequence[Mapping[str, Any]], error: float) -> None:
+    """One line a block; of several experts, the mean."""
+
+    def mean(values: Mapping[str, float]) -> str:
+        return f"{sum(values.values()) / len(values):.3f}" if values else "–"
+
+    cells = [(r["block"], f"{r['turned']:.3f}", mean(r["channels"]), mean(r["heads"])) for r in rows]
+    say(table(("block", "turned", f"channels that can go at {error:g}", "share of the least head"), cells))
+
+
 def show_bench(report: Any) -> None:
     """The report as a Markdown table, ready for a README, and the line that says how it was made."""
     encoder = report.kind == "encoder"

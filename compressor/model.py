@@ -49,7 +49,7 @@ def load_model(source: str | Path | None = None, device: str | torch.device = "c
     with _quiet():
         model, kind = _read(name, place)
         tokenizer = tokenizer_at(name, place) if place.has_tokenizer else None
-    _linearize(model)
+    linearize(model)
     _require_finite(model)
     return Loaded(model.to(device).eval(), tokenizer, name, kind)
 
@@ -65,7 +65,7 @@ def as_loaded(model: nn.Module, tokenizer: Any | None = None) -> Loaded:
     shared = all(t.dtype == torch.float32 or not t.is_floating_point() for t in model.parameters())
     # nn.Module's own: transformers' refuses models that were loaded from a quantized file, such as GGUF.
     copied = nn.Module.float(twin(model) if shared else copy.deepcopy(model)).eval()
-    _linearize(copied)
+    linearize(copied)
     source = getattr(model, "name_or_path", "") or type(model).__name__
     return Loaded(copied, tokenizer, source, kind)
 
@@ -82,7 +82,7 @@ def skeleton(config: Any, kind: str, dtype: torch.dtype = torch.float32) -> nn.M
     with init_empty_weights(include_buffers=False):
         model = _auto_class(kind).from_config(config, dtype=dtype)
         _drop_pooler(model)
-        _linearize(model)
+        linearize(model)
     return model.eval()
 
 
@@ -169,7 +169,7 @@ def _drop_pooler(model: Any) -> None:
         model.pooler = None
 
 
-def _linearize(model: nn.Module) -> None:
+def linearize(model: nn.Module) -> None:
     """Replace transformers' Conv1D (weight [K, N]) by nn.Linear (weight [N, K]) under the same name."""
     from transformers.pytorch_utils import Conv1D
 

@@ -25,7 +25,7 @@ from compressor.calibrate import Calibration, calibrate, calibrate_blocks, fast_
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan, Placement
-from compressor.methods.structural import Structural
+from compressor.methods.structural import Rewriting, Structural
 from compressor.methods.transform import Transform, amends, stores
 from compressor.model import (
     Loaded,
@@ -42,6 +42,7 @@ from compressor.model import (
 from compressor.paired import calibrate_pairs
 from compressor.progress import Progress, Silent
 from compressor.recipe import Recipe, Step, shares_a_budget
+from compressor.run import Run
 from compressor.sensitivity import Fisher, output_fisher
 from compressor.structure import Structure, as_json, between, hollow, unit_of
 from compressor.table_budget import auto_tables, head_among, weighed
@@ -49,16 +50,6 @@ from compressor.tables import HEAD_WINDOWS, head_importance, pack_tables, place_
 
 QUALITY_WINDOWS = 16
 SURVEY_WINDOWS, FISHER_WINDOWS = 8, 4  # decisions over the whole model need means, not matrices: few tokens do
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every step is given: calibration windows [S, L], what products are computed in, and where blocks run."""
-
-    windows: Tensor
-    dtype: torch.dtype
-    device: torch.device
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ def compress(
 
     chosen = recipe.calibration.dtype
     dtype = fast_dtype(where) if chosen == "auto" else getattr(torch, chosen)
-    run = Run(windows, dtype, where, progress)
+    run = Run(windows, dtype, where, progress, loaded.model, lambda n: _windows(loaded, content, n, length))
     held_out = None
     if measure:  # read before the long work: a typo should not cost the compression
         given = content if source is not None else None
@@ -255,6 +246,8 @@ def _reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str
     """One structural step on the targeted linears: `model` has modules of other shapes afterwards."""
     options = step.options
     names = {n for n in linears(model) if _targeted(step, n)}
+    if isinstance(options, Rewriting):
+        return options.rewrite(model, names, run)
     decisions = (_decide if hasattr(options, "decide") else _survey)(model, step, names, recipe, run)
     needs = options.needs()
     seen = run.windows if needs else run.windows[:1]

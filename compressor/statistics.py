@@ -9,6 +9,7 @@ subclass: calibration only knows these four verbs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Self
 
@@ -282,3 +283,26 @@ class TokenSample(Statistic):
     def value(self) -> Tensor:
         self._require_tokens()
         return self.kept.float()
+
+
+class TokenAngle:
+    """How much a block turns the residual stream: the mean over tokens of the angle between its input and output, over
+    π, in [0, 1]; of two inputs, unlike the reductions above, but merged as they are."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x, y [T, H]: what went into the block and what came out. A zero vector is at a right angle to any."""
+        cosine = torch.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1)
+        self.total += cosine.arccos().sum().item() / math.pi
+        self.tokens += len(x)
+
+    def merge(self, other: TokenAngle) -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def value(self) -> float:
+        if not self.tokens:
+            raise ValueError("TokenAngle has seen no token")
+        return self.total / self.tokens

@@ -102,7 +102,7 @@ def test_help_fits_one_screen_and_shows_an_example():
     assert "  compress --recipe w4a4 " in result.stdout
     for flag in "recipe model out data eval-text set seed device dry-run force no-verify json verbose".split():
         assert f"--{flag} " in result.stdout
-    for command in ("recipes", "verify", "eval", "bench"):
+    for command in ("recipes", "verify", "eval", "probe", "bench"):
         assert f"\n  {command} " in result.stdout
 
 
@@ -142,7 +142,7 @@ def test_usage_errors_are_one_line(arguments, line):
     ("arguments", "start"),
     [
         (["--recipe", "w4a5"], "error: no recipe 'w4a5'"),
-        (["--seed", "1"], "error: --recipe is missing; give a file or one of: fp4-lowrank, fp4-mixed, "),
+        (["--seed", "1"], "error: --recipe is missing; give a file or one of: cfsp-20, cfsp-30-recover, "),
         (
             ["--recipe", "w4a4", "--set", "quantize.wieghts=int4"],
             "error: --set quantize.wieghts=int4, step 2 (quantize): unknown option",

@@ -149,7 +149,7 @@ def test_extends_errors(write):
 
 def test_unknown_recipe(write):
     message = error_of("w4a5.yaml")
-    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: fp4-lowrank, fp4-mixed, " in message
+    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: cfsp-20, cfsp-30-recover," in message
     assert "no recipe ''" in error_of("")
     Path("folder.yaml").mkdir()
     assert "no recipe 'folder.yaml'" in error_of("folder.yaml")
@@ -166,7 +166,7 @@ CASES = {
     ),
     "unknown method": (
         "steps:\n  - quantise:\n      weights: int4\n",
-        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: correct, fp4, ",
+        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: cfsp, correct, depth, ",
     ),
     "illegal combination": (
         "steps:\n  - quantize:\n      weights: nvfp4\n      group_size: 48\n",

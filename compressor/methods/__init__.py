@@ -20,6 +20,7 @@ A structural step puts modules of other shapes in place of linears, before anyth
     outline(model, names)                              the shapes that its budget implies, on a model without values
     survey_needs(), survey(…)                          as above
     needs(), reshape(model, calibration, decisions) -> report
+    or rewrite(model, names, run) -> report             of one that runs the model itself
 
 A method that amends what earlier steps stored (methods/correct.py):
 
@@ -33,11 +34,14 @@ model.
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.cfsp import CFSP
 from compressor.methods.correct import Correct
+from compressor.methods.depth import Depth
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.quantize import Quantize
+from compressor.methods.recover import Recover
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
 from compressor.methods.svd import SVD
@@ -51,4 +55,7 @@ METHODS = {
     "rotate": Rotate,
     "smooth": Smooth,
     "svd": SVD,
+    "cfsp": CFSP,
+    "depth": Depth,
+    "recover": Recover,
 }

@@ -12,20 +12,25 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from compressor.calibrate import Calibration
+from compressor.run import Run
 from compressor.sensitivity import Fisher
 from compressor.statistics import Statistic
 
 
 @runtime_checkable
 class Structural(Protocol):
-    whole: bool  # whether `reshape` is called once, for the whole model, instead of block by block
-    sequential: bool  # whether each block is measured on what the changed blocks before it compute
-
     def outline(self, model: nn.Module, names: Collection[str]) -> None:
         """Give `model`, whose parameters have no values, the shapes that the budget implies for the linears `names`.
 
         What data decides (which layer gets how much of the budget) is left at its mean: this is the dry run.
         """
+
+
+class ByBlock(Structural, Protocol):
+    """A structural step that gets the statistics of linears' inputs block by block."""
+
+    whole: bool  # whether `reshape` is called once, for the whole model, instead of block by block
+    sequential: bool  # whether each block is measured on what the changed blocks before it compute
 
     def survey_needs(self) -> set[type[Statistic]]:
         """The statistics for decisions over the whole model, often none."""
@@ -51,3 +56,11 @@ class Structural(Protocol):
         Where a method's `paired` is true, it is called site by site (paired.py).
         A step that changes what a config says (a width, a number of layers) changes `model.config`.
         """
+
+
+@runtime_checkable
+class Rewriting(Structural, Protocol):
+    """A structural step that runs the model itself: what it decides needs every block, or it trains."""
+
+    def rewrite(self, model: nn.Module, names: Collection[str], run: Run) -> dict[str, Any]:
+        """As `reshape`, on the linears `names` of the whole model, without statistics."""

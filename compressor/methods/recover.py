@@ -1,0 +1,202 @@
+"""Recover: low-rank updates trained until a changed model says again what the original says, then merged.
+
+    loss = mean over tokens of KL(original ‖ changed), or 1 − cosine of the hidden states of an encoder
+
+LoRA by PEFT on the targeted linears, more ranks where a block turns the residual stream more (CFSP's coarse
+importance). After the merge nothing of it is left: shapes, files and speed are those of the changed model. The whole
+model, its original and the activations of one window must fit on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.blockwise import forward, placed
+from compressor.errors import DataError, NumericsError, RecipeError
+from compressor.methods.depth import angles
+from compressor.model import blocks
+from compressor.prunable import linear_like, to_bf16
+from compressor.run import Run
+from compressor.widths import KAPPA, apportion
+
+FEW = 8  # windows that tell how much blocks turn the stream
+
+
+@dataclass(frozen=True)
+class Recover:
+    """`rank` is the mean over blocks; `windows` of the calibration text are trained on, `batch` a step, `epochs` times.
+
+    checkpoint: a file, written every `save_every` steps, from which the same step of the same recipe goes on.
+    """
+
+    windows: int = 256
+    epochs: int = 1
+    batch: int = 4
+    rank: int = 8
+    lr: float = 1e-4
+    warmup: float = 0.05
+    checkpoint: str | None = None
+    save_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "epochs", "batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
+        if self.rank < 2 or self.rank % 2:
+            raise ValueError(f"rank {self.rank} must be an even number of 2 or more; 8 is usual")
+
+    def outline(self, model: nn.Module, names: Collection[str]) -> None:
+        """No shape changes."""
+
+    def rewrite(self, model: nn.Module, names: Collection[str], run: Run) -> dict[str, Any]:
+        """Train and merge. Raises RecipeError without PEFT, DataError for a foreign checkpoint, NumericsError."""
+        try:
+            import peft
+        except ImportError:
+            raise RecipeError(
+                "recover trains with PEFT, which is not installed; pip install 'compressor[recover]'."
+            ) from None
+        windows = run.text(self.windows)
+        ranks = self._ranks(model, names, run)
+        for name in names:  # PEFT merges into the tensor that is there, and that is the original's
+            layer: Any = model.get_submodule(name)
+            model.set_submodule(name, linear_like(layer, layer.weight.detach().clone(), layer.bias))
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            # Its scale is α / rank, the same for all blocks.
+            config = peft.LoraConfig(
+                r=self.rank,
+                lora_alpha=2 * self.rank,
+                target_modules=list(names),
+                rank_pattern={rf"{re.escape(block)}\..*": rank for block, rank in ranks.items()},
+                alpha_pattern={rf"{re.escape(block)}\..*": 2 * rank for block, rank in ranks.items()},
+            )
+            wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+            with placed(nn.ModuleList([run.original, wrapped]), run.device):
+                losses = self._train(wrapped, windows, run)
+        wrapped.merge_and_unload()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        to_bf16(model, names)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        part = max(1, len(losses) // 10)
+        return {
+            "windows": len(windows),
+            "steps": len(losses),
+            "ranks": ranks,
+            "loss_first": round(sum(losses[:part]) / part, 5),
+            "loss_last": round(sum(losses[-part:]) / part, 5),
+        }
+
+    def _ranks(self, model: nn.Module, names: Collection[str], run: Run) -> dict[str, int]:
+        """Even ranks of the blocks that hold a target, `rank` in the mean, none above four times that."""
+        used = [block for block, _ in blocks(model) if any(n.startswith(f"{block}.") for n in names)]
+        found = angles(model, dataclasses.replace(run, windows=run.windows[:FEW]))
+        omega = torch.tensor([found[block] for block in used], dtype=torch.float64)
+        y = torch.sigmoid(KAPPA * (omega - omega.mean()))
+        half = self.rank * len(used) // 2
+        pairs = apportion((half * y / y.sum()).tolist(), [2 * self.rank] * len(used), half)
+        return {block: 2 * n for block, n in zip(used, pairs, strict=True)}
+
+    def _train(self, wrapped: nn.Module, windows: Tensor, run: Run) -> list[float]:
+        """Losses of all steps, those before a resumed one too."""
+        trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
+        order = self._order(len(windows))
+        key = self._key(trained, windows)
+        losses = self._resume(key, trained, optimizer)
+        run.progress.stage("recover", len(order))
+        run.progress.advance(len(losses))
+        on = torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
+        for number in range(len(losses), len(order)):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * self._schedule(number / len(order))
+            total = 0.0
+            for i in order[number]:
+                with torch.no_grad(), on:
+                    wanted = forward(run.original, windows[i])
+                with on:
+                    loss = _distance(forward(wrapped, windows[i]), wanted) / len(order[number])
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                raise NumericsError(f"recover: the loss is {total} in step {number + 1}; use a smaller lr.")
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+            if self.checkpoint and (len(losses) % self.save_every == 0 or len(losses) == len(order)):
+                self._save(key, trained, optimizer, losses)
+            run.progress.advance()
+        return losses
+
+    def _schedule(self, done: float) -> float:
+        """Linear warm-up, then half a cosine."""
+        if done < self.warmup:
+            return (done + 1e-3) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+
+    def _order(self, count: int) -> list[Sequence[int]]:
+        """The windows of every step."""
+        generator = torch.Generator().manual_seed(self.seed)
+        every = [torch.randperm(count, generator=generator).tolist() for _ in range(self.epochs)]
+        return [epoch[i : i + self.batch] for epoch in every for i in range(0, count, self.batch)]
+
+    def _key(self, trained: dict[str, nn.Parameter], windows: Tensor) -> str:
+        """What a checkpoint must be of: these options, parameters and text."""
+        options = dataclasses.replace(self, checkpoint=None, save_every=1)
+        shapes = [(n, tuple(p.shape)) for n, p in trained.items()]
+        return hashlib.sha256(repr((options, shapes)).encode() + windows.numpy().tobytes()).hexdigest()
+
+    def _resume(self, key: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+        if not self.checkpoint or not Path(self.checkpoint).is_file():
+            return []
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or saved.get("key") != key:
+            raise DataError(
+                f"recover: {self.checkpoint} is a checkpoint of other options, another model or other text; remove it "
+                f"or name another file."
+            )
+        for name, p in trained.items():
+            p.data.copy_(saved["parameters"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        return list(saved["losses"])
+
+    def _save(
+        self, key: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+    ) -> None:
+        assert self.checkpoint is not None
+        path = Path(self.checkpoint)
+        parameters = {n: p.detach().cpu() for n, p in trained.items()}
+        partial = path.with_name(f".{path.name}.partial")
+        torch.save(
+            {"key": key, "parameters": parameters, "optimizer": optimizer.state_dict(), "losses": losses}, partial
+        )
+        partial.replace(path)
+
+
+def _distance(found: Any, wanted: Any) -> Tensor:
+    """Mean over tokens of KL(wanted ‖ found) of what two models give; of an encoder's hidden states, 1 − cosine."""
+    if not hasattr(found, "logits"):
+        states = found.last_hidden_state.float(), wanted.last_hidden_state.float()
+        return (1 - torch.cosine_similarity(*states, dim=-1)).mean()
+    return nn.functional.kl_div(
+        found.logits.float().log_softmax(-1).flatten(0, 1),
+        wanted.logits.float().log_softmax(-1).flatten(0, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+

@@ -1,0 +1,91 @@
+"""Training brings a pruned model nearer to the original, goes on where it stopped, and leaves nothing behind."""
+
+import builtins
+
+import pytest
+import torch
+
+from compressor import Recipe, compress
+from compressor.errors import DataError, RecipeError
+from compressor.methods.recover import Recover
+from compressor.model import linears
+
+IDS = torch.arange(4, 40)[None]
+TRAIN = {"windows": 12, "batch": 2, "epochs": 2, "rank": 4, "lr": 3e-3}
+
+
+def recipe(train):
+    return Recipe.from_dict(
+        {
+            "calibration": {"windows": 3, "length": 24, "dtype": "float32"},
+            "steps": [{"cfsp": {"prune": 0.5}}, {"recover": train}],
+        }
+    )
+
+
+@pytest.fixture
+def text(tmp_path, prose):
+    path = tmp_path / "text.txt"
+    path.write_text(prose * 6)
+    return path
+
+
+@pytest.fixture
+def recovered(tiny, tiny_tokenizer, text):
+    pytest.importorskip("peft")
+
+    def run(train, model=None):
+        return compress(
+            model or tiny("llama"), recipe(train), tokenizer=tiny_tokenizer, data=text, quality_text=text
+        )
+
+    return run
+
+
+def test_it_comes_back_and_the_original_stays(recovered, tiny):
+    model = tiny("llama")
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    artifact = recovered(TRAIN, model)
+    pruned, trained = artifact.record["ledger"]
+    assert trained["kl"] < 0.8 * pruned["kl"]
+    report = artifact.record["steps"]["2 recover"]
+    assert report["steps"] == 12 and report["windows"] == 12
+    assert sum(report["ranks"].values()) == 8 and all(r % 2 == 0 for r in report["ranks"].values())
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    rebuilt = artifact.model()
+    assert not any("lora" in name for name, _ in rebuilt.named_modules())
+    assert set(linears(rebuilt)) == set(linears(model))
+
+
+def test_it_goes_on_where_it_stopped(recovered, tmp_path, monkeypatch):
+    whole = recovered(TRAIN)
+    path = tmp_path / "training.pt"
+    train = TRAIN | {"checkpoint": str(path), "save_every": 4}
+    save = Recover._save
+
+    def stop(self, key, trained, optimizer, losses):
+        save(self, key, trained, optimizer, losses)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recover, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(train)
+    assert len(torch.load(path)["losses"]) == 4
+    monkeypatch.setattr(Recover, "_save", save)
+    resumed = recovered(train)
+    assert all(torch.equal(t, resumed.kept[n]) for n, t in whole.kept.items())
+    with pytest.raises(DataError, match="is a checkpoint of other options"):
+        recovered(train | {"lr": 1e-3})
+
+
+def test_without_peft_it_says_what_to_install(tiny, tiny_tokenizer, text, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *arguments, **more):
+        if name == "peft":
+            raise ImportError(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(RecipeError, match=r"pip install 'compressor\[recover\]'"):
+        compress(tiny("llama"), recipe(TRAIN), tokenizer=tiny_tokenizer, data=text, measure=False)
