@@ -83,7 +83,7 @@ std::vector<Case> cases(int64_t n) {
     all.push_back({op, attributes, {}, k, n});
     return all.back().inputs;
   };
-  for (const char* rule : {"none", "nvfp4", "mxfp4", "int8", "fp8"})
+  for (const char* rule : {"none", "nvfp4", "mxfp4", "int8", "int8_block", "fp8"})
     for (const char* format : {"nvfp4", "mxfp4"})
       for (int64_t k : {96, 800}) {
         const bool nv = format[0] == 'n';
@@ -119,7 +119,29 @@ std::vector<Case> cases(int64_t n) {
     in.emplace_back(E4M3, Shape{n, 5}, 0x7F);
     in.emplace_back(FLOAT, Shape{1});
   }
+  add("SwiGLU", 2 * n, {{"name", ""}});
   return all;
+}
+
+// The outputs of attention one behind the other: a prompt, or tokens behind `past` ones in a cache that has room.
+std::vector<float> attention(int64_t batch, int64_t tokens, int64_t past, int64_t room, int64_t size, int threads) {
+  state = 7;
+  const int64_t total = past + tokens, held = past + room, kept = held > total ? held : total;
+  Case c{"GroupQueryAttention",
+         {{"num_heads", "6"}, {"kv_num_heads", "2"}, {"head_size", std::to_string(size)}, {"do_rotary", "1"},
+          {"scale", "0.2"}, {"softcap", room ? "20" : "0"}},
+         {}, 10 * size, 0};
+  c.inputs.resize(2);  // keys and values are behind the queries
+  for (int i = 0; i < 2; ++i) c.inputs.emplace_back(FLOAT, Shape{batch, 2, held, size});
+  c.inputs.emplace_back(INT32, Shape{batch});
+  c.inputs.emplace_back(INT32, Shape{});
+  const int32_t positions = int32_t(total);
+  std::memcpy(c.inputs.back().bytes.get(), &positions, 4);
+  for (int i = 0; i < 2; ++i) c.inputs.emplace_back(FLOAT, Shape{5, size / 2});
+  c.inputs.emplace_back(INT64, Shape{batch, tokens});
+  c.inputs.emplace_back(FLOAT, Shape{batch, 1, tokens, total});
+  const int64_t elements = batch * tokens * 6 * size + 2 * batch * 2 * kept * size;
+  return run(c, Buffer(FLOAT, {batch, tokens, 10 * size}), elements, threads);
 }
 
 // Codes, then errors, of one block of GPTQ.
@@ -162,6 +184,20 @@ int main() {
         }
         ++checked;
       }
+    for (int64_t batch : {1, 3})
+      for (int64_t tokens : {1, 7, 40})
+        for (int64_t past : {0, 33})
+          for (int64_t size : {16, 40, 64}) {
+            const std::vector<float> one = attention(batch, tokens, past, past ? 50 : 0, size, 1);
+            for (int threads : {2, 4}) {
+              const std::vector<float> other = attention(batch, tokens, past, past ? 50 : 0, size, threads);
+              if (std::memcmp(one.data(), other.data(), one.size() * sizeof(float))) {
+                std::printf("attention with %s: %d threads give other bits\n", isa, threads);
+                return 1;
+              }
+              ++checked;
+            }
+          }
     const int64_t k = 96;
     Case table{"FP4Embedding", {{"format", "nvfp4"}}, {}, k, 5};
     table.inputs.emplace_back(UINT8, Shape{5, k / 2});

@@ -61,7 +61,8 @@ EXPORT Kernel* compressor_create(const char* name, const char* const* names, con
   return kernel;
 }
 
-// y has the shape that the op's contract says and `elements` floats. 1, or 0 and a sentence in `message`.
+// y has the shape that the op's contract says and `elements` floats, several outputs one behind the other. 1, or 0 and a
+// sentence in `message`.
 EXPORT int compressor_run(const Kernel* kernel, const CompressorTensor* tensors, int count, float* y, int64_t elements,
                           int threads, char* message, size_t size) {
   return guarded(message, size, [&] {
@@ -70,11 +71,16 @@ EXPORT int compressor_run(const Kernel* kernel, const CompressorTensor* tensors,
       const CompressorTensor& t = tensors[i];
       inputs[size_t(i)] = {t.data, t.type, std::vector<int64_t>(t.shape, t.shape + t.rank)};
     }
-    int64_t expected = 1;
-    const auto shapes = kernel->shapes(inputs);
-    for (int64_t d : shapes[0]) expected *= d;
-    if (shapes.size() > 1 || expected != elements) throw Error("the output has another size.");
-    kernel->run(inputs, &y, OwnThreads(threads));
+    float* outputs[MAX_OUTPUTS] = {};
+    int64_t expected = 0, output = 0;
+    for (const std::vector<int64_t>& shape : kernel->shapes(inputs)) {
+      int64_t size = 1;
+      for (int64_t d : shape) size *= d;
+      outputs[output++] = y + expected;
+      expected += size;
+    }
+    if (expected != elements) throw Error("the output has another size.");
+    kernel->run(inputs, outputs, OwnThreads(threads));
   });
 }
 
