@@ -142,7 +142,7 @@ def test_usage_errors_are_one_line(arguments, line):
     ("arguments", "start"),
     [
         (["--recipe", "w4a5"], "error: no recipe 'w4a5'"),
-        (["--seed", "1"], "error: --recipe is missing; give a file or one of: cfsp-20, cfsp-30-recover, "),
+        (["--seed", "1"], "error: --recipe is missing; give a file or one of: bert-flashsvd, cfsp-20, "),
         (
             ["--recipe", "w4a4", "--set", "quantize.wieghts=int4"],
             "error: --set quantize.wieghts=int4, step 2 (quantize): unknown option",
