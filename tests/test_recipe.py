@@ -149,7 +149,7 @@ def test_extends_errors(write):
 
 def test_unknown_recipe(write):
     message = error_of("w4a5.yaml")
-    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: cfsp-20, cfsp-30-recover," in message
+    assert "no recipe 'w4a5.yaml'" in message and "did you mean 'w4a4'? Allowed: bert-flashsvd, cfsp-20," in message
     assert "no recipe ''" in error_of("")
     Path("folder.yaml").mkdir()
     assert "no recipe 'folder.yaml'" in error_of("folder.yaml")

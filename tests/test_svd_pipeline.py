@@ -48,7 +48,8 @@ def test_factors_are_linears_that_a_later_step_quantizes(tiny, tiny_tokenizer, t
     pair = rebuilt.model.layers[1].mlp.gate_proj
     assert isinstance(pair, LowRankLinear) and pair.pivoted == (form == "pivoted")
     assert isinstance(pair.down, QuantLinear) and isinstance(pair.up, QuantLinear)
-    assert len(artifact.packed) == 2 * 14 and len(artifact.structure) == 14
+    factored = len(artifact.structure)  # of 14: a layer stays whole where factors would cost more
+    assert 12 <= factored <= 14 and len(artifact.packed) == 2 * factored
     ledger = artifact.record["ledger"]
     assert [row["after"] for row in ledger] == ["1 svd"] and ledger[0]["kl"] < artifact.record["quality"]["kl"]
     assert ledger[0]["parameters"] < artifact.record["parameters"]
@@ -70,7 +71,7 @@ def test_factors_alone_are_a_folder_that_stock_transformers_refuses(tiny, tiny_t
     artifact = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
     assert not artifact.packed
     factors = [t for n, t in artifact.kept.items() if n.endswith((".down.weight", ".up.weight"))]
-    assert len(factors) == 2 * 14 and all(t.dtype == torch.bfloat16 for t in factors)
+    assert len(factors) == 2 * len(artifact.structure) >= 24 and all(t.dtype == torch.bfloat16 for t in factors)
     assert artifact.record["kept"]["model.layers.0.mlp.up_proj.down"] == "step 1 (svd): bf16"
     folder = artifact.save(tmp_path / "out")
     assert torch.equal(logits(load(folder).model()), logits(artifact.model()))
