@@ -54,6 +54,13 @@ def _takes_ops(x: Tensor) -> bool:
     return torch.compiler.is_exporting() or (x.device.type == "cpu" and native.built())
 
 
+def one_product(x: Tensor, span: tuple[nn.Module | None, ...]) -> None:
+    """On a GPU, where launches count: lay the downs of linears with a common input where one product reads them all."""
+    downs = [m.down.weight for m in span if isinstance(m, LowRankLinear)]
+    if x.is_cuda and len(downs) > 1:
+        lowrank_linear.side_by_side(downs)  # type: ignore[arg-type]
+
+
 class Single(LowRankLinear):
     """One node of a graph; otherwise two linears, as ever."""
 
@@ -86,6 +93,7 @@ class FFN(nn.Module):
         if _takes_ops(x):
             flat = [t for f in (first, gate, last) for t in f or (None, None, None)]
             return lowrank_ffn.lowrank_ffn(x, *flat, self.activation)
+        one_product(x, self.span[:2])
         return lowrank_ffn.chunked(x, first, gate, last, self.activation)
 
     def _some(self, x: Tensor) -> Tensor:
@@ -180,16 +188,19 @@ class Attention(nn.Module):
             return super().forward(*args, **kwargs)
         mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
         mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
-        given = []
-        for down, up, bias in weights:  # type: ignore[misc]
-            ranked = nn.functional.linear(x, down, bias if up is None else None)
-            given.append((ranked, up, None if up is None else bias))
         width = self.span[0].out_features
         last = (mask, self.heads, self.heads, (int(width) // self.heads) ** -0.5, False)  # type: ignore[arg-type]
         if torch.compiler.is_exporting():
+            given = [
+                (nn.functional.linear(x, down, bias if up is None else None), up, None if up is None else bias)
+                for down, up, bias in weights  # type: ignore[misc]
+            ]
             y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
         else:
-            y = lowrank_attention.chunked(given[0], given[1], given[2], *last)
+            one_product(x, self.span)
+            entered = lowrank_linear.into_ranks(x.flatten(0, 1), weights)  # type: ignore[arg-type]
+            q, k, v = ((z.unflatten(0, x.shape[:2]), up, bias) for z, up, bias in entered)
+            y = lowrank_attention.chunked(q, k, v, *last)
         return y if self.rest is None else (y, *[None] * self.rest)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIFTED_BYTES, CPU_LIFTED_BYTES = 24 << 20, 4 << 20  # as in lowrank_ffn.py: what of q, k and v is lifted at a time
+LIFTED_BYTES, CPU_LIFTED_BYTES = 48 << 20, 4 << 20  # what of q, k and v is lifted at a time
 FEW_QUERIES = 16  # whose scores may be held
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # a tensor, and how it is lifted
 
@@ -57,7 +57,8 @@ def _lifted(given: Given, rows: slice = slice(None)) -> Tensor:
     x, up, bias = given
     if up is None:
         return x[..., rows]
-    return F.linear(x, up[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
+    lifted = F.linear(x.flatten(0, 1), up[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
+    return lifted.unflatten(0, x.shape[:2])  # as a matrix it may be columns of a wider one, without a copy
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -119,6 +120,8 @@ def chunked(
             heads_of = slice(group * shared, (group + groups) * shared)
             own = part[:, heads_of] if part is not None and part.dim() == 4 and part.shape[1] > 1 else part
             out = _attention(q_part, k_part, v_part, own, scale, causal)
+            if len(q_part) == rows and groups == kv_heads:
+                return out.transpose(1, 2).flatten(2)
             y[some, :, wide].unflatten(-1, (-1, size)).copy_(out.transpose(1, 2))
     return y
 

@@ -11,6 +11,9 @@ bfloat16 factors read as they are stored.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +28,38 @@ def product(x: Tensor, factors: Factors) -> Tensor:
     down, up, bias = (t if t is None else t.to(x.dtype) for t in factors)
     assert down is not None
     return F.linear(x, down, bias) if up is None else F.linear(F.linear(x, down), up, bias)
+
+
+def into_ranks(x: Tensor, linears: Sequence[Factors]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """x [T, K] -> for each linear what is left to do: its input, [T, R] or x itself, its last matrix and its bias.
+
+    Downs that lie `side_by_side` are one product, whose columns the inputs then are.
+    """
+    typed = [tuple(t if t is None else t.to(x.dtype) for t in one) for one in linears]
+    downs = [down for down, up, _ in typed if up is not None]
+    if len(downs) > 1 and _adjacent(downs):
+        whole = downs[0].as_strided((sum(len(d) for d in downs), x.shape[1]), (x.shape[1], 1))
+        ranked = iter(F.linear(x, whole).split([len(d) for d in downs], 1))
+    else:
+        ranked = (F.linear(x, down) for down in downs)
+    return [(x, down, bias) if up is None else (next(ranked), up, bias) for down, up, bias in typed]
+
+
+def side_by_side(matrices: Sequence[Tensor]) -> None:
+    """Move matrices [., K] of one dtype and device into one storage, in this order, unless they lie so already."""
+    if not _adjacent(matrices):
+        whole = torch.cat([m.detach() for m in matrices])
+        for matrix, piece in zip(matrices, whole.split([len(m) for m in matrices]), strict=True):
+            matrix.data = piece
+
+
+def _adjacent(matrices: Sequence[Tensor]) -> bool:
+    return all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.storage_offset() + a.numel() == b.storage_offset()
+        and a.is_contiguous() and b.is_contiguous()
+        for a, b in itertools.pairwise(matrices)
+    )  # fmt: skip
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
