@@ -20,6 +20,7 @@ from compressor.lowrank import LowRankLinear
 
 # Tokens whose rows go through a block together: a few MB an activation, and products large enough to be fast.
 ROW_TOKENS, CPU_ROW_TOKENS = 8192, 1024
+ADD_NORM_FEATURES = 8192  # at most, that one program of kernels/add_norm.py holds in registers
 
 
 def become(module: nn.Module, part: type[nn.Module], **told: Any) -> None:
@@ -204,4 +205,22 @@ class Attention(nn.Module):
         return y if self.rest is None else (y, *[None] * self.rest)
 
 
-LEAN = (Single, Through, FFN, Rows, Attention)
+class AddNorm(nn.Module):
+    """norm(linear(x) + residual), as the module has it itself; on a GPU in one kernel behind the linear.
+
+    span   the linear and the nn.LayerNorm
+    """
+
+    span: tuple[nn.Module, nn.LayerNorm]
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        linear, norm = self.span
+        fits = x.is_cuda and x.dtype.itemsize <= 4 and norm.weight.numel() <= ADD_NORM_FEATURES
+        if not fits or self.training or differentiated(x, residual, norm.weight) or torch.compiler.is_exporting():
+            return super().forward(x, residual)
+        from compressor.kernels import add_norm
+
+        return add_norm.add_norm(linear(x), residual, norm.weight, norm.bias, norm.eps)
+
+
+LEAN = (Single, Through, FFN, Rows, Attention, AddNorm)
