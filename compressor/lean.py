@@ -97,9 +97,10 @@ class AddNorm:
 @dataclass(frozen=True)
 class RowByRow:
     by_row: frozenset[int | str]
+    within: bool
 
     def apply(self, block: nn.Module, row_tokens: int | None = None) -> None:
-        become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens)
+        become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens, within=self.within)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def parts_of(
         found += list(itertools.islice((part for part in tried if _values_proven(under, part)), 1))
     by_row: set[int | str] = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
     by_row |= {k for k, v in kwargs.items() if isinstance(v, Tensor) and len(v) == ROWS}
-    rows = RowByRow(frozenset(by_row))
+    rows = RowByRow(frozenset(by_row), any(isinstance(part, SelfAttention) for part in found))
     return [*found, rows] if _proven(under, rows) else found
 
 

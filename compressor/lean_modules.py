@@ -18,8 +18,9 @@ from compressor.kernels import lowrank_attention, lowrank_ffn, lowrank_linear, n
 from compressor.kernels.lowrank_linear import Factors
 from compressor.lowrank import LowRankLinear
 
-# Tokens whose rows go through a block together: a few MB an activation, and products large enough to be fast.
-ROW_TOKENS, CPU_ROW_TOKENS = 8192, 1024
+# Tokens whose rows go through a block together, and those where attention and feed-forward are lean themselves: on a
+# GPU parting rows again would only be more launches.
+ROW_TOKENS, LEAN_ROW_TOKENS, CPU_ROW_TOKENS = 8192, 32768, 1024
 ADD_NORM_FEATURES = 8192  # at most, that one program of kernels/add_norm.py holds in registers
 
 
@@ -122,16 +123,20 @@ def _own(module: nn.Module) -> Callable[[Tensor], Tensor]:
 class Rows(nn.Module):
     """A block whose rows know nothing of each other, some rows at a time.
 
-    by_row   positions and names of arguments that have a row each
+    by_row       positions and names of arguments that have a row each
+    row_tokens   that go together; None: as many as suit the device
+    within       attention of the block is lean
     """
 
     by_row: frozenset[int | str]
     row_tokens: int | None
+    within: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         rows, length = hidden.shape[:2]
-        limit = self.row_tokens or (CPU_ROW_TOKENS if hidden.device.type == "cpu" else ROW_TOKENS)
+        suits = CPU_ROW_TOKENS if hidden.device.type == "cpu" else LEAN_ROW_TOKENS if self.within else ROW_TOKENS
+        limit = self.row_tokens or suits
         step = max(1, limit // max(1, length))
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
         if rows <= step or grows or torch.compiler.is_exporting() or (torch.is_grad_enabled() and hidden.requires_grad):
@@ -184,8 +189,8 @@ class Attention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
-        weights = [factors(m) for m in self.span]
-        if grows or None in weights or kwargs.get("output_attentions") or differentiated(x):
+        weights = [known for m in self.span if (known := factors(m)) is not None]
+        if grows or len(weights) < len(self.span) or kwargs.get("output_attentions") or differentiated(x):
             return super().forward(*args, **kwargs)
         mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
         mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
@@ -194,12 +199,12 @@ class Attention(nn.Module):
         if torch.compiler.is_exporting():
             given = [
                 (nn.functional.linear(x, down, bias if up is None else None), up, None if up is None else bias)
-                for down, up, bias in weights  # type: ignore[misc]
+                for down, up, bias in weights
             ]
             y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
         else:
             one_product(x, self.span)
-            entered = lowrank_linear.into_ranks(x.flatten(0, 1), weights)  # type: ignore[arg-type]
+            entered = lowrank_linear.into_ranks(x.flatten(0, 1), weights)
             q, k, v = ((z.unflatten(0, x.shape[:2]), up, bias) for z, up, bias in entered)
             y = lowrank_attention.chunked(q, k, v, *last)
         return y if self.rest is None else (y, *[None] * self.rest)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIFTED_BYTES, CPU_LIFTED_BYTES = 48 << 20, 4 << 20  # what of q, k and v is lifted at a time
+# What of q, k and v is lifted at a time; on a GPU no more than this share of y either, as in lowrank_ffn.py.
+LIFTED_BYTES, LIFTED_SHARE, CPU_LIFTED_BYTES = 48 << 20, 0.75, 4 << 20
 FEW_QUERIES = 16  # whose scores may be held
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # a tensor, and how it is lifted
 
@@ -103,10 +104,11 @@ def chunked(
     shared = heads // kv_heads
     if _absorbs(value, queries, keys, heads, kv_heads, size):
         return _absorbed(query, key, value, mask, heads, kv_heads, scale, causal)
-    limit = lifted_bytes or (CPU_LIFTED_BYTES if q.device.type == "cpu" else LIFTED_BYTES)
+    share = int(LIFTED_SHARE * rows * queries * heads * size * q.element_size())
+    limit = lifted_bytes or (CPU_LIFTED_BYTES if q.device.type == "cpu" else min(LIFTED_BYTES, share))
     a_head = size * (shared * queries + 2 * keys) * q.element_size()  # of one key-value head and its queries, one row
     groups = next((g for g in range(kv_heads, 1, -1) if kv_heads % g == 0 and g * a_head <= limit), 1)
-    batch = max(1, limit // (groups * a_head))
+    batch = -(-rows // -(-rows // max(1, limit // (groups * a_head)))) if rows else 1  # chunks of about one size
     y = q.new_empty((rows, queries, heads * size))
     for row in range(0, rows, batch):
         some = slice(row, row + batch)

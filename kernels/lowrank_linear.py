@@ -11,7 +11,6 @@ bfloat16 factors read as they are stored.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -35,14 +34,14 @@ def into_ranks(x: Tensor, linears: Sequence[Factors]) -> list[tuple[Tensor, Tens
 
     Downs that lie `side_by_side` are one product, whose columns the inputs then are.
     """
-    typed = [tuple(t if t is None else t.to(x.dtype) for t in one) for one in linears]
-    downs = [down for down, up, _ in typed if up is not None]
+    typed = [tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in one) for one in linears]
+    downs: list[Tensor] = [down for down, up, _ in typed if down is not None and up is not None]
     if len(downs) > 1 and _adjacent(downs):
-        whole = downs[0].as_strided((sum(len(d) for d in downs), x.shape[1]), (x.shape[1], 1))
+        whole = downs[0].as_strided((sum(map(len, downs)), x.shape[1]), (x.shape[1], 1))
         ranked = iter(F.linear(x, whole).split([len(d) for d in downs], 1))
     else:
-        ranked = (F.linear(x, down) for down in downs)
-    return [(x, down, bias) if up is None else (next(ranked), up, bias) for down, up, bias in typed]
+        ranked = iter([F.linear(x, down) for down in downs])
+    return [(x, down, bias) if up is None else (next(ranked), up, bias) for down, up, bias in typed]  # type: ignore
 
 
 def side_by_side(matrices: Sequence[Tensor]) -> None:
@@ -54,12 +53,14 @@ def side_by_side(matrices: Sequence[Tensor]) -> None:
 
 
 def _adjacent(matrices: Sequence[Tensor]) -> bool:
-    return all(
-        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        and a.storage_offset() + a.numel() == b.storage_offset()
-        and a.is_contiguous() and b.is_contiguous()
-        for a, b in itertools.pairwise(matrices)
-    )  # fmt: skip
+    """Whether each begins where the one before it ends, all in the storage of the first."""
+    ends = [m.data_ptr() + m.nbytes for m in matrices]
+    storage = matrices[0].untyped_storage()
+    return (
+        all(m.data_ptr() == end for m, end in zip(matrices[1:], ends, strict=False))
+        and ends[-1] <= storage.data_ptr() + storage.nbytes()
+        and all(m.is_contiguous() for m in matrices)
+    )
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ def test_full_rank_is_the_dense_layer(tokens: int) -> None:
     assert off(ffn.lowrank_ffn(x, *flat(*given), "silu"), exact) < (BF16 if native.built() else 1.5 * off(dense, exact))
     assert off(ffn.chunked(x, *given, "silu", tokens=64), exact) < 1.5 * off(dense, exact)  # bfloat16 between products
     gelu = F.linear(F.gelu(F.linear(x64, w64[0], b.double())), w64[2])
-    assert off(ffn.chunked(x, given[0], None, given[2], "gelu", tokens=64), gelu) < BF16
+    assert off(ffn.lowrank_ffn(x, *flat(given[0], None, given[2]), "gelu"), gelu) < (BF16 if native.built() else 6e-3)
     y = linear.lowrank_linear(x, *full_rank(w1, b))
     assert off(y, F.linear(x, half[0], b.bfloat16())) < BF16
 
