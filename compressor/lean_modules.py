@@ -203,11 +203,28 @@ class Attention(nn.Module):
             ]
             y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
         else:
-            one_product(x, self.span)
-            entered = lowrank_linear.into_ranks(x.flatten(0, 1), weights)
-            q, k, v = ((z.unflatten(0, x.shape[:2]), up, bias) for z, up, bias in entered)
-            y = lowrank_attention.chunked(q, k, v, *last)
+            y = self._in_pieces(x, weights, *last)
         return y if self.rest is None else (y, *[None] * self.rest)
+
+    def _in_pieces(self, x: Tensor, weights: list[Factors], mask: Tensor | None, *last: Any) -> Tensor:
+        """Some rows at a time, so that what is in rank space is only theirs too."""
+        one_product(x, self.span)
+        rows, length = x.shape[:2]
+        width = int(self.span[0].out_features)  # type: ignore[arg-type]
+        pieces = lowrank_attention.pieces(rows, 3 * length * width * x.element_size(), x.is_cuda)
+        y = x.new_empty((rows, length, width)) if len(pieces) > 1 else None
+        for some in pieces:
+            part = x[some]
+            entered = lowrank_linear.into_ranks(part.flatten(0, 1), weights)
+            q, k, v = ((z.unflatten(0, part.shape[:2]), up, bias) for z, up, bias in entered)
+            own = mask[some] if mask is not None and mask.dim() == 4 and len(mask) == rows else mask
+            found = lowrank_attention.chunked(q, k, v, own, *last)
+            if y is None:
+                return found
+            y[some] = found
+            del entered, q, k, v, found  # before the next ones are there
+        assert y is not None
+        return y
 
 
 class AddNorm(nn.Module):

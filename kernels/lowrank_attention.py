@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# What of q, k and v is lifted at a time; on a GPU no more than this share of y either, as in lowrank_ffn.py.
-LIFTED_BYTES, LIFTED_SHARE, CPU_LIFTED_BYTES = 48 << 20, 0.75, 4 << 20
+LIFTED_BYTES, CPU_LIFTED_BYTES = 64 << 20, 4 << 20  # what of q, k and v is lifted at a time
 FEW_QUERIES = 16  # whose scores may be held
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # a tensor, and how it is lifted
 
@@ -85,6 +84,15 @@ def _weights(scores: Tensor, seen: Tensor | None) -> Tensor:
     return (wide if seen is None else wide + seen).softmax(-1).to(scores.dtype)
 
 
+def pieces(rows: int, lifted_bytes: int, gpu: bool) -> list[slice]:
+    """Rows to take together where a row's lifted q, k and v take so many bytes: on a GPU, where pieces are launches, in
+    three, which hold as much as y does, or in as many as LIFTED_BYTES asks for; at least one."""
+    limit = LIFTED_BYTES if gpu else CPU_LIFTED_BYTES
+    count = max(-(-rows * lifted_bytes // limit), 3 if gpu else 1)
+    step = max(-(-rows // count), 1)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
 @torch.no_grad()
 def chunked(
     query: Given,
@@ -104,8 +112,7 @@ def chunked(
     shared = heads // kv_heads
     if _absorbs(value, queries, keys, heads, kv_heads, size):
         return _absorbed(query, key, value, mask, heads, kv_heads, scale, causal)
-    share = int(LIFTED_SHARE * rows * queries * heads * size * q.element_size())
-    limit = lifted_bytes or (CPU_LIFTED_BYTES if q.device.type == "cpu" else min(LIFTED_BYTES, share))
+    limit = lifted_bytes or (CPU_LIFTED_BYTES if q.device.type == "cpu" else LIFTED_BYTES)
     a_head = size * (shared * queries + 2 * keys) * q.element_size()  # of one key-value head and its queries, one row
     groups = next((g for g in range(kv_heads, 1, -1) if kv_heads % g == 0 and g * a_head <= limit), 1)
     batch = -(-rows // -(-rows // max(1, limit // (groups * a_head)))) if rows else 1  # chunks of about one size

@@ -36,9 +36,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_,
     "relu": torch.ops.aten.relu_,
 }
-# What the hidden activations of one chunk may take. On a GPU no more than this share of x either, which is a small part
-# of what they would be; smaller chunks are more launches.
-HIDDEN_BYTES, HIDDEN_SHARE, CPU_HIDDEN_BYTES = 48 << 20, 0.75, 4 << 20
+# What the hidden activations of one chunk may take; on a GPU no more than x takes either.
+HIDDEN_BYTES, CPU_HIDDEN_BYTES = 64 << 20, 4 << 20
 LEAST_TOKENS = 256  # below which matrix products are too small to be fast
 
 
@@ -63,7 +62,7 @@ def reference(
 
 def tokens_at_once(x: Tensor, hidden: int, gated: bool) -> int:
     """How many tokens of x go together through a feed-forward of this hidden width: chunks of about one size."""
-    limit = CPU_HIDDEN_BYTES if x.device.type == "cpu" else min(HIDDEN_BYTES, int(HIDDEN_SHARE * x.nbytes))
+    limit = CPU_HIDDEN_BYTES if x.device.type == "cpu" else min(HIDDEN_BYTES, x.nbytes)
     most = max(limit // (hidden * x.element_size() * (2 if gated else 1)) // 128 * 128, LEAST_TOKENS)
     tokens = x.numel() // x.shape[-1]
     even = -(-tokens // max(-(-tokens // most), 1))
@@ -76,25 +75,22 @@ def chunked(
 ) -> Tensor:
     """`reference` for `tokens` tokens at a time (None: as many as stay in a cache), without gradients.
 
-    first, gate, last: the linear under the activation, the one that multiplies it, the one behind both. What is in rank
-    space is there for all tokens, since products of many rows are fast; beside it there are tokens * D elements, where
-    gated tokens * 2 D.
+    first, gate, last: the linear under the activation, the one that multiplies it, the one behind both. Beside x and y
+    it holds tokens * D elements, where gated tokens * 2 D, and what the last linear has in rank space for all tokens.
     """
     down, up, bias = (t if t is None else t.to(x.dtype) for t in last)
     assert down is not None
     step = tokens or tokens_at_once(x, down.shape[1], gate is not None)
     flat = x.reshape(-1, x.shape[-1])
-    entered = into_ranks(flat, [first] if gate is None else [first, gate])
     y = x.new_empty((len(flat), len(down)))
     for start in range(0, len(flat), step):
         some = slice(start, start + step)
-        z, weight, b = entered[0]
-        hidden = _activated(z[some], weight, b, activation)
-        for z, weight, b in entered[1:]:
-            hidden.mul_(F.linear(z[some], weight, b))
+        entered = into_ranks(flat[some], [first] if gate is None else [first, gate])
+        hidden = _activated(*entered[0], activation)
+        for other in entered[1:]:
+            hidden.mul_(F.linear(*other))
         _into(y[some], hidden, down, bias if up is None else None)
-        del hidden  # before the next one is there
-    del entered
+        del hidden, entered  # before the next ones are there
     if up is not None:
         y = F.linear(y, up, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
