@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIFTED_BYTES, CPU_LIFTED_BYTES = 64 << 20, 4 << 20  # what of q, k and v is lifted at a time
+# What of q, k and v is lifted at a time; on a GPU, where pieces are launches, the least is never parted.
+LIFTED_BYTES, LEAST_LIFTED_BYTES, CPU_LIFTED_BYTES = 64 << 20, 16 << 20, 4 << 20
 FEW_QUERIES = 16  # whose scores may be held
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # a tensor, and how it is lifted
 
@@ -52,17 +53,19 @@ def reference(
     return out.transpose(1, 2).flatten(2)
 
 
-def _lifted(given: Given, rows: slice = slice(None)) -> Tensor:
-    """[B, P, R] -> features `rows` of [B, P, heads * E]; what is not in rank space as it is."""
+def _lifted(given: Given, rows: slice | None = None) -> Tensor:
+    """[B, P, R] -> features `rows` (None: all) of [B, P, heads * E]; what is not in rank space as it is."""
     x, up, bias = given
+    if rows is not None:
+        x, up, bias = (x[..., rows], None, None) if up is None else (x, up[rows], None if bias is None else bias[rows])
     if up is None:
-        return x[..., rows]
-    lifted = F.linear(x.flatten(0, 1), up[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
-    return lifted.unflatten(0, x.shape[:2])  # as a matrix it may be columns of a wider one, without a copy
+        return x
+    lifted = F.linear(x.flatten(0, 1), up.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return lifted.view(*x.shape[:2], -1)  # as a matrix x may be columns of a wider one, without a copy
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
@@ -85,11 +88,16 @@ def _weights(scores: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def pieces(rows: int, lifted_bytes: int, gpu: bool) -> list[slice]:
-    """Rows to take together where a row's lifted q, k and v take so many bytes: on a GPU, where pieces are launches, in
-    three, which hold as much as y does, or in as many as LIFTED_BYTES asks for; at least one."""
-    limit = LIFTED_BYTES if gpu else CPU_LIFTED_BYTES
-    count = max(-(-rows * lifted_bytes // limit), 3 if gpu else 1)
-    step = max(-(-rows // count), 1)
+    """Rows to take together where a row's lifted q, k and v take so many bytes; at least one piece.
+
+    On a GPU in three, which hold as much as y does, unless the bytes ask for more or fewer.
+    """
+    total = rows * lifted_bytes
+    if gpu:
+        count = max(-(-total // LIFTED_BYTES), min(3, total // LEAST_LIFTED_BYTES))
+    else:
+        count = -(-total // CPU_LIFTED_BYTES)
+    step = max(-(-rows // max(count, 1)), 1)
     return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
 
 
@@ -115,7 +123,13 @@ def chunked(
     limit = lifted_bytes or (CPU_LIFTED_BYTES if q.device.type == "cpu" else LIFTED_BYTES)
     a_head = size * (shared * queries + 2 * keys) * q.element_size()  # of one key-value head and its queries, one row
     groups = next((g for g in range(kv_heads, 1, -1) if kv_heads % g == 0 and g * a_head <= limit), 1)
-    batch = -(-rows // -(-rows // max(1, limit // (groups * a_head)))) if rows else 1  # chunks of about one size
+    batch = max(1, limit // (groups * a_head))
+    if groups == kv_heads and batch >= rows:
+        found = _attention(
+            _heads(_lifted(query), heads), _heads(_lifted(key), kv_heads), _heads(_lifted(value), kv_heads),
+            mask, scale, causal,
+        )  # fmt: skip
+        return found.transpose(1, 2).flatten(2)
     y = q.new_empty((rows, queries, heads * size))
     for row in range(0, rows, batch):
         some = slice(row, row + batch)
@@ -129,8 +143,6 @@ def chunked(
             heads_of = slice(group * shared, (group + groups) * shared)
             own = part[:, heads_of] if part is not None and part.dim() == 4 and part.shape[1] > 1 else part
             out = _attention(q_part, k_part, v_part, own, scale, causal)
-            if len(q_part) == rows and groups == kv_heads:
-                return out.transpose(1, 2).flatten(2)
             y[some, :, wide].unflatten(-1, (-1, size)).copy_(out.transpose(1, 2))
     return y
 

@@ -36,8 +36,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_,
     "relu": torch.ops.aten.relu_,
 }
-# What the hidden activations of one chunk may take; on a GPU no more than x takes either.
-HIDDEN_BYTES, CPU_HIDDEN_BYTES = 64 << 20, 4 << 20
+# What the hidden activations of one chunk may take: on a GPU as much as x, within these.
+LEAST_HIDDEN_BYTES, HIDDEN_BYTES, CPU_HIDDEN_BYTES = 16 << 20, 64 << 20, 4 << 20
 LEAST_TOKENS = 256  # below which matrix products are too small to be fast
 
 
@@ -62,7 +62,7 @@ def reference(
 
 def tokens_at_once(x: Tensor, hidden: int, gated: bool) -> int:
     """How many tokens of x go together through a feed-forward of this hidden width: chunks of about one size."""
-    limit = CPU_HIDDEN_BYTES if x.device.type == "cpu" else min(HIDDEN_BYTES, x.nbytes)
+    limit = CPU_HIDDEN_BYTES if x.device.type == "cpu" else max(min(HIDDEN_BYTES, x.nbytes), LEAST_HIDDEN_BYTES)
     most = max(limit // (hidden * x.element_size() * (2 if gated else 1)) // 128 * 128, LEAST_TOKENS)
     tokens = x.numel() // x.shape[-1]
     even = -(-tokens // max(-(-tokens // most), 1))
