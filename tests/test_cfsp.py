@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from compressor import Recipe, compress, load
 from compressor.errors import ModelError, RecipeError
 from compressor.model import linears
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.runtimes import OnnxSession, torch_greedy
 
 IDS = torch.arange(4, 40)[None]

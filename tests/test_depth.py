@@ -8,7 +8,7 @@ from compressor import Recipe, compress, load
 from compressor.errors import RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 
 IDS = torch.arange(4, 24)[None]
 RECIPE = {"exports": ["safetensors"], "calibration": {"windows": 2, "length": 24}, "steps": [{"depth": {"drop": 0.25}}]}
