@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained("out", dtype=torch.bfloat16)
 
 Such a folder names a compressed-tensors scheme that does not exist, so that every other reader refuses it instead of
-running on random weights (exporters/hf_config.py). Registered, that refusal is what we recognize: a quantizer of ours
-builds the model as `compressor.load` does. Folders that stock transformers can load go the way they always do.
+running on random weights, or its group says that layers are corrected, which other readers leave out
+(exporters/hf_config.py). Registered, that is what we recognize: a quantizer of ours builds the model as
+`compressor.load` does. Folders that stock transformers can load go the way they always do.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _register(auto: Any) -> None:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from compressor.exporters.hf_config import REFUSAL
+    from compressor.exporters.hf_config import CORRECTED, REFUSAL
 
     stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
 
@@ -43,7 +44,7 @@ def _register(auto: Any) -> None:
     class Recognizing(stock):  # type: ignore[misc,valid-type]
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-            ours = any(name.startswith(REFUSAL) for name in config_dict.get("config_groups") or ())
+            ours = any(name.startswith((REFUSAL, CORRECTED)) for name in config_dict.get("config_groups") or ())
             return Config() if ours else stock.from_dict(config_dict, **options)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Recognizing

@@ -49,6 +49,14 @@ def test_low_rank_in_four_bits_loads(registered, tiny, tiny_tokenizer, text, tmp
     assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape == (1, IDS.shape[1] + 3)
 
 
+def test_corrections_are_not_left_out(registered, tiny, tiny_tokenizer, text, tmp_path):
+    steps = [{"quantize": {"weights": "nvfp4"}}, {"correct": {"bits": 2.0}}]
+    folder = written(tiny("llama"), steps, tiny_tokenizer, text, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.optional("correction_up") is not None
+    assert torch.equal(out(model), out(load(folder).model(torch.bfloat16)))
+
+
 def test_a_packed_table_and_an_encoder_load(registered, tiny, tiny_tokenizer, text, tmp_path):
     tables = {"embedding": "int8-row", "lm_head": "int8-row"}
     steps = [{"quantize": {"weights": "int4", "group_size": 32}}]
