@@ -70,6 +70,8 @@ def svd_rows() -> dict[str, tuple[str, list[str], str | None]]:
             f"{name}, equal ranks": ("svd-80", [keep, uniform], f"{name}, inputs, pivoted"),
             name: ("svd-80", [keep], f"{name}, equal ranks"),
         }
+    rows["svd-80, K-FAC"] = ("svd-80", ["svd.metric=kfac"], "svd-80")
+    rows["svd-80, K-FAC, equal ranks"] = ("svd-80", ["svd.metric=kfac", uniform], "svd-80, equal ranks")
     rows["svd-80, ranks of svd_llm2"] = ("svd-80", ["svd.allocation=svd_llm2"], "svd-80, equal ranks")
     rows["svd-80, ranks by relative error"] = ("svd-80", ["svd.allocation=relative"], "svd-80, equal ranks")
     return rows

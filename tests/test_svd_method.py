@@ -109,6 +109,7 @@ def test_the_pivoted_form_keeps_more_of_the_same_weights(losses):
 def test_what_the_loss_looks_at_is_worth_knowing(losses):
     assert losses(metric="fisher") < losses()
     assert losses(allocation="kl", floor=0.0, metric="fisher") < losses(metric="fisher")
+    assert losses(metric="kfac") < losses(metric="inputs")
 
 
 def test_sequential_makes_up_for_what_is_lost(losses):

@@ -27,6 +27,7 @@ from compressor.statistics import ChannelAbsMean, CrossGram, Gram, Statistic
 from compressor.weighted_svd import Decomposition, balanced, pivoted, shifted, weighted_svd
 
 TARGETS = ("keep", "parameters", "size_mb", "mflops")
+SHRUNK = 0.5  # of what pairs of outputs have in common is taken away: a few windows do not know it better
 BF16_BYTES, ORDER_BYTES = 2, 8  # of a weight, and of the int64 place of an output in the pivoted form
 METRICS: dict[str, set[type[Statistic]]] = {
     "plain": set(),
@@ -124,7 +125,7 @@ class SVD:
         found: dict[str, Tensor] = {}
         for name, layer in layers.items():
             outputs = self._outputs(name, fisher) if self.allocation == "kl" else None
-            losses = weighted_svd(layer.weight, outputs, calibration.value(name, Gram)).losses().cpu()
+            losses = weighted_svd(layer.weight, _shrunk(outputs), calibration.value(name, Gram)).losses().cpu()
             if self.allocation == "relative":
                 losses = losses / losses[0].clamp_min(1e-30)
             found[name] = losses / 2 if self.allocation == "kl" else losses
@@ -173,7 +174,7 @@ class SVD:
         return report
 
     def _decompose(self, layer: nn.Linear, name: str, calibration: Calibration, decisions: Decisions) -> Decomposition:
-        weight, outputs = layer.weight.detach(), decisions.outputs.get(name)
+        weight, outputs = layer.weight.detach(), _shrunk(decisions.outputs.get(name))
         if self.metric == "asvd":
             return weighted_svd(weight, None, calibration.value(name, ChannelAbsMean).double().pow(2 * self.alpha))
         if self.metric in ("plain", "fwsvd"):
@@ -197,6 +198,13 @@ class SVD:
         made = LowRankLinear(_linear(down, first), _linear(up, rest), order)
         made.up.bias = nn.Parameter((rest - made.up.weight.double() @ first.double()).float(), False)  # z has `first`
         return made
+
+
+def _shrunk(outputs: Tensor | None) -> Tensor | None:
+    """R [N, N] with less off its diagonal; a diagonal one [N] as it is."""
+    if outputs is None or outputs.dim() == 1:
+        return outputs
+    return (1 - SHRUNK) * outputs + SHRUNK * outputs.diagonal().diag()
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
