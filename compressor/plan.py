@@ -124,16 +124,22 @@ def placements_of(
                 layers = linears(model)
             reshaped |= {n: f"{where}: bf16" for n in layers if targeted(step, unit_of(model, n))}
         if amends(step.options):
-            for name, (owner, place) in placed.items():
-                if owner is not None and place.kept is None and targeted(step, name):
-                    if owner.options.sequential:
-                        raise RecipeError(
-                            f"{where}: needs the weights that {owner.method} replaces where sequential is true; set "
-                            f"{owner.method}.sequential=false."
-                        )
-                    size = place.size_bytes + step.options.extra_bytes(*layers[name].weight.shape)
-                    note = f"{place.note}; " if place.note else ""
-                    placed[name] = (owner, replace(place, size_bytes=size, note=f"{note}{step.method} on average"))
+            amended = [n for n, (owner, p) in placed.items() if owner and p.kept is None and targeted(step, n)]
+            if not amended:
+                raise RecipeError(
+                    f"{where}: no step before it stores a linear that it targets; put it behind the step that does."
+                )
+            for name in amended:
+                owner, place = placed[name]
+                assert owner is not None
+                if owner.options.sequential:
+                    raise RecipeError(
+                        f"{where}: needs the weights that {owner.method} replaces where sequential is true; set "
+                        f"{owner.method}.sequential=false."
+                    )
+                size = place.size_bytes + step.options.extra_bytes(*layers[name].weight.shape)
+                note = f"{place.note}; " if place.note else ""
+                placed[name] = (owner, replace(place, size_bytes=size, note=f"{note}{step.method} on average"))
         if not stores(step.options):
             continue
         for name, layer in layers.items():

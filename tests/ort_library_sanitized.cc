@@ -25,7 +25,7 @@ int compressor_use_isa(const char*);
 
 namespace {
 
-enum { FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, E4M3 = 17 };
+enum { FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BFLOAT16 = 16, E4M3 = 17 };
 using Shape = std::vector<int64_t>;
 uint32_t state = 1;
 uint32_t random_bits() { return state = state * 1664525u + 1013904223u, state >> 8; }
@@ -39,7 +39,7 @@ struct Buffer {
   Buffer(int32_t type, Shape shape, int limit = 256) : type(type), shape(shape) {
     size_t count = 1;
     for (int64_t d : this->shape) count *= size_t(d);
-    const size_t size = type == FLOAT || type == INT32 ? 4 : type == INT64 ? 8 : 1;
+    const size_t size = type == FLOAT || type == INT32 ? 4 : type == INT64 ? 8 : type == BFLOAT16 ? 2 : 1;
     bytes.reset(new uint8_t[count * size]);
     for (size_t i = 0; i < count; ++i) {
       const float value = float(random_bits() % 2000) / 500.0f - 1.999f;
@@ -119,6 +119,30 @@ std::vector<Case> cases(int64_t n) {
     in.emplace_back(E4M3, Shape{n, 5}, 0x7F);
     in.emplace_back(FLOAT, Shape{1});
   }
+  // Factors of 16 and 32 bits, ranks below and above a register; a feed-forward with a gate or dense parts.
+  auto factor = [](std::vector<Buffer>& in, int type, int64_t rows, int64_t columns) {
+    in.emplace_back(type, Shape{rows, columns}, 0x40);  // below 2 as bfloat16
+  };
+  for (int type : {FLOAT, BFLOAT16})
+    for (int64_t rank : {1, 16, 45}) {
+      const int64_t k = 70, wide = 90;
+      auto& in = add("LowRankLinear", k, {});
+      factor(in, type, rank, k), factor(in, type, n, rank);
+      in.push_back(rank == 16 ? Buffer() : Buffer(FLOAT, {n}));
+      const bool gated = rank != 1, dense = rank == 45;
+      auto& ffn = add("LowRankFFN", k, {{"activation", gated ? "silu" : "gelu"}});
+      for (bool there : {true, gated})
+        if (there) {
+          factor(ffn, type, dense ? wide : rank, k);
+          ffn.emplace_back();
+          if (!dense) ffn.back() = Buffer(type, Shape{wide, rank}, 0x40);
+          ffn.push_back(dense ? Buffer() : Buffer(FLOAT, {wide}));
+        } else {
+          ffn.resize(ffn.size() + 3);
+        }
+      factor(ffn, type, rank, wide), factor(ffn, type, n, rank);
+      ffn.emplace_back(FLOAT, Shape{n});
+    }
   add("SwiGLU", 2 * n, {{"name", ""}});
   return all;
 }

@@ -63,7 +63,7 @@ def test_it_makes_up_for_rounding_as_predicted(tiny, tiny_tokenizer, text):
 def test_a_corrected_folder_runs_everywhere_and_is_an_adapter(tiny, tiny_tokenizer, text, tmp_path):
     steps = ({"quantize": {**QUANTIZE["quantize"], "activations": "nvfp4"}}, {"correct": {"bits": 1.0}})
     chosen = recipe(*steps, exports=["safetensors", "onnx", "lora"])
-    artifact = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
+    artifact = compress(tiny("llama", num_hidden_layers=1), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
     folder = artifact.save(tmp_path / "out")
     assert torch.equal(logits(load(folder).model()), logits(artifact.model()))
     assert torch.allclose(logits(artifact.model(dense=True)), logits(artifact.model()), atol=2e-2)
@@ -123,6 +123,8 @@ def test_what_cannot_be_is_refused(tiny, tiny_tokenizer, text, tmp_path):
     sequential = {"quantize": {**QUANTIZE["quantize"], "sequential": True}}
     with pytest.raises(RecipeError, match=r"step 2 \(correct\).*set quantize.sequential=false"):
         plan_of(tiny("llama"), recipe(sequential, {"correct": {}}))
+    with pytest.raises(RecipeError, match=r"step 1 \(correct\): no step before it stores a linear"):
+        plan_of(tiny("llama"), recipe({"correct": {}}, QUANTIZE))
     with pytest.raises(RecipeError, match=r"bits 0 must be above 0"):
         recipe(QUANTIZE, {"correct": {"bits": 0.0}})
     chosen = recipe(QUANTIZE, exports=["safetensors", "lora"])
