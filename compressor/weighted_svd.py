@@ -55,13 +55,15 @@ def weighted_svd(weight: Tensor, outputs: Tensor | None = None, inputs: Tensor |
     at must still be something.
     """
     w = weight.detach().double()
-    left, right = _root(outputs, w, floor=1e-6), _root(inputs, w)
+    left = _root(outputs, w, floor=1e-6)
     weighted = w if left is None else _times(left, w)
-    m = weighted if right is None else _times(right, weighted.T).T
-    if m.shape[0] <= m.shape[1]:
-        values, u = torch.linalg.eigh(m @ m.T)
+    if w.shape[0] <= w.shape[1]:  # M Mᵀ takes no root of C
+        seen = weighted if inputs is None else _times(inputs.to(w), weighted.T).T
+        values, u = torch.linalg.eigh(seen @ weighted.T)
         u = u.flip(1)
     else:  # the smaller Gram matrix; what it gives is orthonormal only after a QR
+        right = _root(inputs, w)
+        m = weighted if right is None else _times(right, weighted.T).T
         values, v = torch.linalg.eigh(m.T @ m)
         u = torch.linalg.qr(m @ v.flip(1)).Q
     values = values.flip(0).clamp_min(0).sqrt()
@@ -94,8 +96,9 @@ def _root(metric: Tensor | None, like: Tensor, floor: float = 0.0) -> Tensor | N
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def _times(root: Tensor, matrix: Tensor) -> Tensor:
-    return root @ matrix if root.dim() == 2 else root[:, None] * matrix
+def _times(metric: Tensor, matrix: Tensor) -> Tensor:
+    """A metric or its root, [n, n] or the diagonal [n], times [n, m]."""
+    return metric @ matrix if metric.dim() == 2 else metric[:, None] * matrix
 
 
 def _inverse(root: Tensor) -> Tensor:
