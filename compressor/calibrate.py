@@ -127,11 +127,10 @@ def calibrate_blocks(
     sequential   `then` may replace linears of the block; the blocks behind it see what the replaced ones compute
     angles       filled with what each block that runs turns the residual stream by
     """
-    if windows.dim() != 2 or not windows.numel():
-        raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
+    check_windows(windows)
     chosen = {name: m for name, m in linears(model).items() if names is None or name in names}
     wanted = set(needs)
-    named = _up_to_last(blocks(model), chosen)
+    named = up_to_last(blocks(model), chosen)
     if not named:
         return
     gathering = _Gathering({}, wanted)
@@ -156,6 +155,12 @@ def calibrate_blocks(
         after=lambda _: then(gathering.result()),
         sequential=sequential,
     )
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raises DataError for what is not [S, L] with a token in it."""
+    if windows.dim() != 2 or not windows.numel():
+        raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -283,7 +288,7 @@ def _pattern(name: str) -> str:
     return ".".join(parts)
 
 
-def _up_to_last(named: Named, chosen: Collection[str]) -> Named:
+def up_to_last(named: Named, chosen: Collection[str]) -> Named:
     """The blocks up to the last one that holds a chosen linear: later ones need not run."""
     used = [i for i, (name, _) in enumerate(named) if any(n.startswith(f"{name}.") for n in chosen)]
     return named[: used[-1] + 1] if used else []

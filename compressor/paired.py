@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.blockwise import Call, Spool, device_of, first_hidden, placed, record
-from compressor.calibrate import Calibration, Site, site_order
-from compressor.errors import DataError, ModelError
+from compressor.calibrate import Calibration, Site, check_windows, site_order, up_to_last
+from compressor.errors import ModelError
 from compressor.model import blocks, linears
 from compressor.progress import Progress, Silent
 from compressor.statistics import CrossGram, Gram
@@ -44,13 +44,10 @@ def calibrate_pairs(
     Raises DataError for no tokens, ModelError for models that cannot run block by block or whose linears see different
     tokens in the two.
     """
-    if windows.dim() != 2 or not windows.numel():
-        raise DataError(f"calibration windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
+    check_windows(windows)
     progress = progress or Silent()
     chosen = {name for name in linears(model) if names is None or name in names}
-    named, before = blocks(model), blocks(original)
-    used = [i for i, (block, _) in enumerate(named) if any(n.startswith(f"{block}.") for n in chosen)]
-    named = named[: used[-1] + 1] if used else []
+    named, before = up_to_last(blocks(model), chosen), blocks(original)
     kind = torch.device(device or next(model.parameters()).device).type
     with (
         torch.autocast(kind, dtype, enabled=dtype != torch.float32),
