@@ -210,7 +210,7 @@ def _tidy(model: ir.Model, what: Signature) -> None:
     for node in graph:
         compressed = node.domain == onnx_nodes.DOMAIN or node.op_type == "MatMulNBits"
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        node.name = scopes[-2].removeprefix(PREFIX) if compressed else None
+        node.name = _module_of(node, scopes) if compressed else None
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
@@ -229,6 +229,15 @@ def _tidy(model: ir.Model, what: Signature) -> None:
     graph.metadata_props.clear()
     model.producer_name, model.producer_version = "compressor", None
     common.ClearMetadataAndDocStringPass()(model)
+
+
+def _module_of(node: ir.Node, scopes: list[str]) -> str:
+    """Whose weights a linear or a table is, which another module may compute (lean.py); else where it was traced."""
+    weight = node.inputs[1] if node.op_type.endswith(("Linear", "Embedding", "NBits")) else None
+    if weight is None or not weight.is_initializer() or weight.name is None:
+        return scopes[-2].removeprefix(PREFIX)
+    owner = weight.name.removeprefix(PREFIX).rpartition(".")[0]
+    return owner.removesuffix(".down") if node.op_type == "LowRankLinear" else owner
 
 
 @contextlib.contextmanager

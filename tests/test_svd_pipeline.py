@@ -8,10 +8,12 @@ from torch import nn
 
 from compressor import Recipe, compress, load
 from compressor.errors import ModelError, RecipeError
+from compressor.exporters.onnx_graph import compressed_nodes
 from compressor.layers import QuantLinear
 from compressor.lowrank import LowRankLinear, weights
 from compressor.model import linears, skeleton, twin
 from compressor.plan import plan_of
+from compressor.runtimes import read_graph
 from compressor.structure import Shaped, as_json, between, from_json, hollow, reshape
 from compressor.verify import FAILED, OK, verify
 
@@ -62,6 +64,16 @@ def test_factors_are_linears_that_a_later_step_quantizes(tiny, tiny_tokenizer, t
     report = verify(tmp_path / "out", runtimes=("torch", "onnxruntime"))  # seconds each; `compress` verifies in all
     assert {r.runtime for r in report.rows if r.status == OK} == {"files", "torch", "onnxruntime"}
     assert report.ok, [r for r in report.rows if r.status == FAILED]
+
+
+def test_a_feed_forward_of_factors_and_of_whole_layers_has_a_node_for_each(tiny, tiny_tokenizer, text, tmp_path):
+    """In bf16 it is one op; in four bits its module computes what its linears hold."""
+    model = tiny("llama", num_hidden_layers=1)
+    chosen = recipe({"svd": {**SVD, "form": "plain", "targets": ["*.gate_proj"]}}, {"quantize": {"weights": "nvfp4"}})
+    artifact = compress(model, chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
+    graph = read_graph(artifact.save(tmp_path / "out"))
+    names = [node.name for node in graph.graph.node if node.name]
+    assert len(names) == len(set(names)) and compressed_nodes(graph, artifact.packed).keys() == artifact.packed.keys()
 
 
 def test_factors_alone_are_a_folder_that_stock_transformers_refuses(tiny, tiny_tokenizer, text, tmp_path):
