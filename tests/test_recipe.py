@@ -312,8 +312,8 @@ def test_override_errors(override, start, write):
 def test_every_option_of_every_method_can_be_given_by_name(write):
     from dataclasses import MISSING, fields, is_dataclass
 
-    # A budget, in one of two options that default to None; one of three rotations, which are all off.
-    required = {"mixed_bits": {"bits": 5.0}, "rotate": {"values": True}}
+    # A budget, in one of several options that default to None; one of three rotations, which are all off.
+    required = {"mixed_bits": {"bits": 5.0}, "svd": {"keep": 0.8}, "rotate": {"values": True}}
     for name, method in METHODS.items():
         assert is_dataclass(method) and method.__dataclass_params__.frozen
         given = {f.name: f.default for f in fields(method) if f.default is not MISSING} | required.get(name, {})
