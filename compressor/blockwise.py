@@ -123,21 +123,25 @@ def device_of(module: nn.Module) -> torch.device:
 def placed(module: nn.Module, device: str | torch.device | None) -> Iterator[None]:
     """`module` on `device` for a while; None leaves it where it is.
 
-    Its tensors are the same afterwards, not copied back. What was put in their place meanwhile is brought home.
+    Each of its tensors is afterwards what and where it was, not copied back: what is written into it meanwhile is lost.
+    What was put in their place, or beside them, is brought to where the module's first one was.
+    Modules that share tensors may be placed one inside the other.
     """
-    home = device_of(module)
-    if device is None or torch.device(device) == home:
+    if device is None:
         yield
         return
-    held = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
+    home = device_of(module)
+    held = {id(t): (t, t.data) for t in (*module.parameters(), *module.buffers())}
     try:
-        for tensor, data in held:
+        for tensor, data in held.values():
             tensor.data = data.to(device)
         yield
     finally:
-        for tensor, data in held:
+        for tensor, data in held.values():
             tensor.data = data
-        module.to(home)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in held:
+                tensor.data = tensor.data.to(home)
 
 
 @torch.no_grad()

@@ -122,7 +122,10 @@ def compress(
     held_out = None
     if measure:  # read before the long work: a typo should not cost the compression
         given = content if source is not None else None
-        held_out = _quality_windows(loaded, given, quality_text, len(windows), length)
+        trained_on = [getattr(step.options, "windows", 0) for step in recipe.steps]
+        held_out = _quality_windows(loaded, given, quality_text, max(len(windows), *trained_on), length)
+        if held_out is None and given is not None:
+            progress.note("calibration uses the whole text, and no other was given to measure on: quality is not known")
     working = twin(loaded.model)
     packed: dict[str, Packed] = {}
     details: dict[str, dict[str, Any]] = {}
@@ -493,7 +496,7 @@ def _windows(loaded: Loaded, content: str, count: int, length: int) -> Tensor:
 def _quality_windows(
     loaded: Loaded, content: str | None, quality_text: str | Path | None, used: int, length: int
 ) -> Tensor | None:
-    """Held-out windows: of the text that was asked for, else what calibration left of its own."""
+    """Held-out windows: of the text that was asked for, else what calibration and training left of their own."""
     if quality_text is not None:
         return _windows(loaded, text.text_of(quality_text)[0], QUALITY_WINDOWS, length)
     if content is None:

@@ -282,6 +282,15 @@ def test_a_block_visits_a_device_and_comes_back_untouched():
         assert not weight.is_cuda
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_modules_that_share_tensors_visit_a_device_together():
+    original = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 3))
+    changed = torch.nn.Sequential(original[0], torch.nn.Linear(5, 2))
+    with placed(original, "cuda"), placed(changed, "cuda"):
+        assert all(p.is_cuda for p in (*original.parameters(), *changed.parameters()))
+    assert not any(p.is_cuda for p in (*original.parameters(), *changed.parameters()))
+
+
 def test_stand_ins_leave_no_trace_and_see_what_happens_between_blocks(tiny):
     model = as_loaded(tiny("llama")).model
     named = blocks(model)

@@ -88,6 +88,22 @@ def test_the_order_of_the_channels_does_not_matter(tiny, tiny_tokenizer, text):
     torch.testing.assert_close(first, second, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [{"cfsp": OBS | {"heads": 1}}, {"cfsp": {"score": "magnitude", "repair": "bias"}}, {"depth": {"drop": 0.25}}],
+    ids=lambda step: next(iter(step)),
+)
+def test_blocks_that_visit_a_device_give_the_same(tiny, tiny_tokenizer, text, step):
+    """To us "cpu:0" is another device than the model's "cpu": what runs there is a copy, as on any device."""
+    chosen = recipe(step, calibration={"windows": 3, "length": 24, "dtype": "float32"})
+    model = tiny("llama", num_hidden_layers=4)
+    here, there = (
+        compress(model, chosen, tokenizer=tiny_tokenizer, data=text, measure=False, device=device)
+        for device in (None, "cpu:0")
+    )
+    assert all(torch.equal(t, there.kept[n]) for n, t in here.kept.items())
+
+
 def test_repair_loses_less_of_every_layers_output(pruned):
     errors = {}
     for repair in ("none", "least_squares"):

@@ -5,12 +5,16 @@ import builtins
 import pytest
 import torch
 
-from compressor import Recipe, compress
+from compressor import Recipe, compress, evaluate
+from compressor.data import windows
 from compressor.errors import DataError, RecipeError
-from compressor.methods.recover import Recover
+from compressor.methods.recover import _Checkpoint
 from compressor.model import linears
+from compressor.pipeline import QUALITY_WINDOWS
 
 IDS = torch.arange(4, 40)[None]
+# "cpu:0" is another device than the model's "cpu" to us: what runs there is a copy, as on any device.
+DEVICES = ["cpu", "cpu:0", *(["cuda"] if torch.cuda.is_available() else [])]
 TRAIN = {"windows": 12, "batch": 2, "epochs": 2, "rank": 4, "lr": 3e-3}
 
 
@@ -34,18 +38,24 @@ def text(tmp_path, prose):
 def recovered(tiny, tiny_tokenizer, text):
     pytest.importorskip("peft")
 
-    def run(train, model=None):
+    def run(train, model=None, device=None):
         return compress(
-            model or tiny("llama"), recipe(train), tokenizer=tiny_tokenizer, data=text, quality_text=text
+            model or tiny("llama"),
+            recipe(train),
+            tokenizer=tiny_tokenizer,
+            data=text,
+            quality_text=text,
+            device=device,
         )
 
     return run
 
 
-def test_it_comes_back_and_the_original_stays(recovered, tiny):
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_comes_back_and_the_original_stays(recovered, tiny, device):
     model = tiny("llama")
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    artifact = recovered(TRAIN, model)
+    artifact = recovered(TRAIN, model, device)
     pruned, trained = artifact.record["ledger"]
     assert trained["kl"] < 0.8 * pruned["kl"]
     report = artifact.record["steps"]["2 recover"]
@@ -57,25 +67,43 @@ def test_it_comes_back_and_the_original_stays(recovered, tiny):
     assert set(linears(rebuilt)) == set(linears(model))
 
 
-def test_it_goes_on_where_it_stopped(recovered, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_stopped(recovered, tiny, tmp_path, monkeypatch):
     whole = recovered(TRAIN)
     path = tmp_path / "training.pt"
     train = TRAIN | {"checkpoint": str(path), "save_every": 4}
-    save = Recover._save
+    save = _Checkpoint.save
 
-    def stop(self, key, trained, optimizer, losses):
-        save(self, key, trained, optimizer, losses)
+    def stop(self, *state):
+        save(self, *state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Recover, "_save", stop)
+    monkeypatch.setattr(_Checkpoint, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         recovered(train)
     assert len(torch.load(path)["losses"]) == 4
-    monkeypatch.setattr(Recover, "_save", save)
+    monkeypatch.setattr(_Checkpoint, "save", save)
     resumed = recovered(train)
     assert all(torch.equal(t, resumed.kept[n]) for n, t in whole.kept.items())
     with pytest.raises(DataError, match="is a checkpoint of other options"):
         recovered(train | {"lr": 1e-3})
+    with pytest.raises(DataError, match="is a checkpoint of other options"):
+        recovered(train, tiny("llama", seed=1))
+    path.write_text("no checkpoint")
+    with pytest.raises(DataError, match="is not a checkpoint"):
+        recovered(train)
+    with pytest.raises(DataError, match="in a folder that does not exist"):
+        recovered(train | {"checkpoint": str(tmp_path / "none" / "training.pt")})
+
+
+def test_quality_is_measured_on_text_that_nothing_trained_on(tiny, tiny_tokenizer, text, monkeypatch):
+    """Of one text: what is behind the windows of calibration and of training."""
+    seen = []
+    compare = evaluate.compare
+    monkeypatch.setattr(evaluate, "compare", lambda run, ids, *a, **k: seen.append(ids) or compare(run, ids, *a, **k))
+    chosen = recipe({"windows": 5, "batch": 5, "rank": 2, "targets": ["*.down_proj"]})
+    compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text)
+    every = windows(tiny_tokenizer, text.read_text(), 5 + QUALITY_WINDOWS, 24)
+    assert seen and all(torch.equal(ids, every[5:]) for ids in seen)
 
 
 def test_without_peft_it_says_what_to_install(tiny, tiny_tokenizer, text, monkeypatch):

@@ -179,7 +179,7 @@ class CFSP:
     def _scores(self, model: nn.Module, what: Prunable, kept: _Kept, run: Run, least: int) -> Tensor:
         gram, mean = kept.get(what)
         down = torch.cat([model.get_parameter(f"{n}.weight").detach() for n in what.readers]).to(run.device)
-        rows = tuple((model.get_parameter(f"{n}.weight").detach(), r) for n, r in what.rows.items())
+        rows = tuple((model.get_parameter(f"{n}.weight").detach().to(run.device), r) for n, r in what.rows.items())
         generator = torch.Generator().manual_seed(self.seed + kept.number[what.readers[0]])
         return scores(self.score, Channels(down, gram.to(run.device), mean.to(run.device), rows, least), generator)
 

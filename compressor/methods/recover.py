@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compressor.blockwise import forward, placed
 from compressor.errors import DataError, NumericsError, RecipeError
 from compressor.methods.depth import angles
-from compressor.model import blocks
+from compressor.model import blocks, linears
 from compressor.prunable import linear_like, to_bf16
 from compressor.run import Run
 from compressor.widths import KAPPA, apportion
@@ -67,28 +67,36 @@ class Recover:
             raise RecipeError(
                 "recover trains with PEFT, which is not installed; pip install 'compressor[recover]'."
             ) from None
+        if self.checkpoint and not Path(self.checkpoint).absolute().parent.is_dir():
+            raise DataError(f"recover: checkpoint {self.checkpoint} is in a folder that does not exist; make it first.")
         windows = run.text(self.windows)
+        names = [name for name in linears(model) if name in names]
         ranks = self._ranks(model, names, run)
         for name in names:  # PEFT merges into the tensor that is there, and that is the original's
             layer: Any = model.get_submodule(name)
             model.set_submodule(name, linear_like(layer, layer.weight.detach().clone(), layer.bias))
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(self.seed)
-            # Its scale is α / rank, the same for all blocks.
-            config = peft.LoraConfig(
-                r=self.rank,
-                lora_alpha=2 * self.rank,
-                target_modules=list(names),
-                rank_pattern={rf"{re.escape(block)}\..*": rank for block, rank in ranks.items()},
-                alpha_pattern={rf"{re.escape(block)}\..*": 2 * rank for block, rank in ranks.items()},
-            )
-            wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-            with placed(nn.ModuleList([run.original, wrapped]), run.device):
-                losses = self._train(wrapped, windows, run)
+        start = torch.stack([_sample(model.get_parameter(f"{name}.weight")) for name in names])
+        # Its scale is α / rank, the same for all blocks.
+        config = peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            target_modules=list(names),
+            rank_pattern={rf"{re.escape(block)}\..*": rank for block, rank in ranks.items()},
+            alpha_pattern={rf"{re.escape(block)}\..*": 2 * rank for block, rank in ranks.items()},
+        )
+        flags = [(p, p.requires_grad) for p in model.parameters()]  # PEFT freezes what the original shares
+        try:
+            # What is trained is made where it is trained, so that it comes home afterwards; the merge writes into
+            # weights, and those that only visited the device would be dropped with it.
+            with placed(nn.ModuleList([run.original, model]), run.device):
+                with torch.random.fork_rng(), torch.enable_grad():
+                    torch.manual_seed(self.seed)
+                    wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+                    losses = self._train(model, windows, start, run)
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
         wrapped.merge_and_unload()
-        for p, flag in flags:
-            p.requires_grad_(flag)
         to_bf16(model, names)
         if hasattr(model, "peft_config"):
             del model.peft_config
@@ -111,13 +119,13 @@ class Recover:
         pairs = apportion((half * y / y.sum()).tolist(), [2 * self.rank] * len(used), half)
         return {block: 2 * n for block, n in zip(used, pairs, strict=True)}
 
-    def _train(self, wrapped: nn.Module, windows: Tensor, run: Run) -> list[float]:
-        """Losses of all steps, those before a resumed one too."""
-        trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+    def _train(self, model: nn.Module, windows: Tensor, start: Tensor, run: Run) -> list[float]:
+        """Losses of all steps, those before a resumed one too. start: of the weights that are trained from."""
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
         order = self._order(len(windows))
-        key = self._key(trained, windows)
-        losses = self._resume(key, trained, optimizer)
+        checkpoint = _Checkpoint(self.checkpoint, self._key(trained, windows), start)
+        losses = checkpoint.load(trained, optimizer)
         run.progress.stage("recover", len(order))
         run.progress.advance(len(losses))
         on = torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
@@ -129,7 +137,7 @@ class Recover:
                 with torch.no_grad(), on:
                     wanted = forward(run.original, windows[i])
                 with on:
-                    loss = _distance(forward(wrapped, windows[i]), wanted) / len(order[number])
+                    loss = _distance(forward(model, windows[i]), wanted) / len(order[number])
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
@@ -139,7 +147,7 @@ class Recover:
             optimizer.zero_grad(set_to_none=True)
             losses.append(total)
             if self.checkpoint and (len(losses) % self.save_every == 0 or len(losses) == len(order)):
-                self._save(key, trained, optimizer, losses)
+                checkpoint.save(trained, optimizer, losses)
             run.progress.advance()
         return losses
 
@@ -161,31 +169,54 @@ class Recover:
         shapes = [(n, tuple(p.shape)) for n, p in trained.items()]
         return hashlib.sha256(repr((options, shapes)).encode() + windows.numpy().tobytes()).hexdigest()
 
-    def _resume(self, key: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
-        if not self.checkpoint or not Path(self.checkpoint).is_file():
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What training goes on from: a file at `path` of the run that `key` says, from weights like `start`."""
+
+    path: str | None
+    key: str
+    start: Tensor
+
+    def load(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+        """The losses of the steps that were done, none without a file. Raises DataError for another run's."""
+        if not self.path or not Path(self.path).is_file():
             return []
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or saved.get("key") != key:
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception:  # torch raises half a dozen kinds for what is no file of its own
+            raise DataError(f"recover: {self.path} is not a checkpoint; remove it or name another file.") from None
+        # Weights within a tolerance: what pruned them need not give the same bits twice on a GPU.
+        if not isinstance(saved, dict) or saved.get("key") != self.key or _differ(saved["start"], self.start):
             raise DataError(
-                f"recover: {self.checkpoint} is a checkpoint of other options, another model or other text; remove it "
-                f"or name another file."
+                f"recover: {self.path} is a checkpoint of other options, another model or other text; remove it or "
+                f"name another file."
             )
         for name, p in trained.items():
             p.data.copy_(saved["parameters"][name])
         optimizer.load_state_dict(saved["optimizer"])
         return list(saved["losses"])
 
-    def _save(
-        self, key: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+    def save(
+        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
     ) -> None:
-        assert self.checkpoint is not None
-        path = Path(self.checkpoint)
-        parameters = {n: p.detach().cpu() for n, p in trained.items()}
+        assert self.path is not None
+        path = Path(self.path)
         partial = path.with_name(f".{path.name}.partial")
-        torch.save(
-            {"key": key, "parameters": parameters, "optimizer": optimizer.state_dict(), "losses": losses}, partial
-        )
+        parameters = {n: p.detach().cpu() for n, p in trained.items()}
+        state = {"parameters": parameters, "optimizer": optimizer.state_dict(), "losses": losses}
+        torch.save({"key": self.key, "start": self.start, **state}, partial)
         partial.replace(path)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """[64] of its values, in units of their RMS."""
+    values = weight.detach().flatten()[torch.linspace(0, weight.numel() - 1, 64).long()].float().cpu()
+    return values / values.square().mean().sqrt().clamp_min(1e-30)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or bool((a - b).abs().max() > 0.1)
 
 
 def _distance(found: Any, wanted: Any) -> Tensor:

@@ -60,7 +60,11 @@ class ByBlock(Structural, Protocol):
 
 @runtime_checkable
 class Rewriting(Structural, Protocol):
-    """A structural step that runs the model itself: what it decides needs every block, or it trains."""
+    """A structural step that runs the model itself: what it decides needs every block, or it trains.
+
+    One that takes more text than the calibration windows, by `run.text`, has a field `windows` that says how much:
+    quality is measured on text behind it.
+    """
 
     def rewrite(self, model: nn.Module, names: Collection[str], run: Run) -> dict[str, Any]:
         """As `reshape`, on the linears `names` of the whole model, without statistics."""
