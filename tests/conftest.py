@@ -129,6 +129,14 @@ def prose() -> str:
     return PROSE
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of the same text, several times over: calibration text of a pipeline's test."""
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE * 6)
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared_path() -> Callable[..., Path]:
     """shared_path("data", "wikitext2", "test.txt"): a path below ../shared, or a skip where that is not there."""

@@ -27,13 +27,6 @@ def identity(model, number):
         layer.mlp.down_proj.weight.zero_()
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer, text, tmp_path):
     model = tiny("llama", num_hidden_layers=4)
     identity(model, 2)

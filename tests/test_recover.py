@@ -12,7 +12,6 @@ from compressor.methods.recover import _Checkpoint
 from compressor.model import linears
 from compressor.pipeline import QUALITY_WINDOWS
 
-IDS = torch.arange(4, 40)[None]
 # "cpu:0" is another device than the model's "cpu" to us: what runs there is a copy, as on any device.
 DEVICES = ["cpu", "cpu:0", *(["cuda"] if torch.cuda.is_available() else [])]
 TRAIN = {"windows": 12, "batch": 2, "epochs": 2, "rank": 4, "lr": 3e-3}
@@ -25,13 +24,6 @@ def recipe(train):
             "steps": [{"cfsp": {"prune": 0.5}}, {"recover": train}],
         }
     )
-
-
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
 
 
 @pytest.fixture
