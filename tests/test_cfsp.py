@@ -1,7 +1,11 @@
 """Pruned models through the user's own door: budget, shapes, what is kept, folders and who loads them."""
 
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -132,15 +136,52 @@ def test_a_bias_of_flap_is_refused_by_stock_transformers_with_the_reason(pruned,
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_one_width_is_a_plain_config_that_everybody_loads(pruned, tmp_path):
-    _, artifact = pruned(OBS | {"allocation": "uniform"})
-    assert artifact.config.intermediate_size == 72 and not artifact.structure
-    artifact.save(tmp_path / "out")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(stock.float()), logits(artifact.model()), atol=2e-4, rtol=1e-3)
-    stock.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again), logits(stock))
+STOCK = """
+import sys, numpy, torch
+from transformers import AutoModelForCausalLM
+ids = torch.arange(4, 40)[None]
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(folder + "/again")
+    again = AutoModelForCausalLM.from_pretrained(folder + "/again", dtype=torch.float32)
+    with torch.inference_mode():
+        found = model(input_ids=ids).logits
+        assert torch.equal(again(input_ids=ids).logits, found)
+    numpy.save(folder + "/logits.npy", found.numpy())
+assert "compressor" not in sys.modules
+"""
+STOCK_ONNX = """
+import sys, numpy, onnxruntime
+(folder,) = sys.argv[1:]
+session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
+ids = numpy.arange(4, 40)[None]
+feeds = {"input_ids": ids, "attention_mask": numpy.ones_like(ids), "position_ids": numpy.arange(36)[None]}
+for i in session.get_inputs():
+    if i.name not in feeds:  # the cache of a layer: [batch, heads, past, size]
+        feeds[i.name] = numpy.zeros((1, i.shape[1], 0, i.shape[3]), numpy.float32)
+feeds = {i.name: feeds[i.name] for i in session.get_inputs()}
+numpy.save(folder + "/logits.npy", session.run(["logits"], feeds)[0])
+assert not {"compressor", "torch", "transformers"} & set(sys.modules)
+"""
+
+
+def alone(script, *folders):
+    """The logits that a process which knows nothing of compressor gets from each folder."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", script, *map(str, folders)], check=True, env=clean)
+    return [torch.from_numpy(np.load(folder / "logits.npy")) for folder in folders]
+
+
+def test_one_width_and_padded_ones_are_plain_configs_that_transformers_loads_and_saves(pruned, tmp_path):
+    made = {"uniform": OBS | {"allocation": "uniform"}, "padded": OBS | {"a": 20.0, "widths": "padded"}}
+    artifacts = {name: pruned(step, num_hidden_layers=3)[1] for name, step in made.items()}
+    assert artifacts["uniform"].config.intermediate_size == 72
+    for name, artifact in artifacts.items():
+        assert not artifact.structure
+        artifact.save(tmp_path / name)
+    found = alone(STOCK, *(tmp_path / name for name in artifacts))
+    for artifact, given in zip(artifacts.values(), found, strict=True):
+        torch.testing.assert_close(given, logits(artifact.model()), atol=2e-4, rtol=1e-3)
 
 
 def test_shapes_of_each_layer_in_onnxruntime_and_saved_again(tiny, tiny_tokenizer, text, tmp_path):
@@ -151,9 +192,9 @@ def test_shapes_of_each_layer_in_onnxruntime_and_saved_again(tiny, tiny_tokenize
     model = artifact.model()
     assert len(set(widths(model))) > 1 and len(widths(model)) == 3 and artifact.structure
     artifact.save(tmp_path / "out")
+    torch.testing.assert_close(alone(STOCK_ONNX, tmp_path / "out")[0], logits(model), atol=1e-3, rtol=1e-3)
     session = OnnxSession(tmp_path / "out")
-    found, cache = session.prefill(IDS)
-    torch.testing.assert_close(found, logits(model), atol=1e-3, rtol=1e-3)
+    _, cache = session.prefill(IDS)
     assert len(cache) == 6 and {c.shape[1] for c in cache.values()} == {1}
     assert session.greedy(IDS, 4) == torch_greedy(model, IDS, 4)
     loaded = load(tmp_path / "out")
