@@ -160,6 +160,16 @@ for share in (0.2, 0.3, 0.5):
     for score, allocation in (("out_energy", "cfsp"), ("obs", "uniform")):
         name = f"{share:.0%} of the channels, {score}, {allocation}, least squares"
         ROWS[name] = ("cfsp-20", pruned(share, score, allocation, "least_squares"), best)
+for share in (0.25, 0.5):  # of a mixture: --model FOLDER
+    best = f"{share:.0%} of the experts, reap"
+    ROWS[best] = ("cfsp-20", [f"steps=[{{experts: {{prune: {share}, score: reap}}}}]"], None)
+    ROWS[f"{share:.0%} of the experts, activation"] = (
+        "cfsp-20",
+        [f"steps=[{{experts: {{prune: {share}, score: activation}}}}]"],
+        best,
+    )
+    narrower = pruned(share, "obs", "uniform", "least_squares")
+    ROWS[f"{share:.0%} of every expert's channels"] = ("cfsp-20", narrower, best)
 ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
 ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfsp, least squares")
 ROWS["depth-10"] = ("depth-10", [], None)
@@ -208,6 +218,7 @@ def main() -> None:
         line = {
             "commit": git.stdout.strip(),
             "row": name,
+            **({"model": Path(arguments.model).name} if arguments.model else {}),
             "calibration_windows": arguments.calibration_windows,
             "windows": arguments.windows,
             "device": arguments.device,
