@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor import Recipe, compress, load
-from compressor.errors import RecipeError
+from compressor.errors import ModelError, RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
 from compressor.pipeline import plan_of
@@ -55,6 +55,13 @@ def test_what_is_left_is_numbered_anew(tiny):
     model.generation_config.max_new_tokens = 4
     cached = model.generate(IDS, do_sample=False, use_cache=True)
     assert torch.equal(cached, model.generate(IDS, do_sample=False, use_cache=False))
+
+
+def test_a_config_that_cannot_say_what_is_left_is_refused(tiny, tiny_tokenizer, text):
+    model = tiny("mistral", num_hidden_layers=4)
+    model.model.layers[3].self_attn.sliding_window = 8  # where no config has it
+    with pytest.raises(ModelError, match=r"cannot say which blocks are left \(self_attn.sliding_window is"):
+        compress(model, Recipe.from_dict(RECIPE), tokenizer=tiny_tokenizer, data=text, measure=False)
 
 
 def test_the_original_keeps_its_numbers(tiny):

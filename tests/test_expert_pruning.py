@@ -55,6 +55,7 @@ def test_left_out_is_never_chosen(mixture, kind):
     assert torch.equal(logits(model), before)  # the original is as it was
     for layer, row in report["layers"].items():
         gone = set(range(4)) - set(row["kept"])
+        assert len(gone) == 1 and changed.get_submodule(layer).num_experts == 3
         gate = model.get_submodule(layer).gate
 
         def never(_, args, scores, gone=gone):
