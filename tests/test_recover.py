@@ -98,6 +98,20 @@ def test_quality_is_measured_on_text_that_nothing_trained_on(tiny, tiny_tokenize
     assert seen and all(torch.equal(ids, every[5:]) for ids in seen)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch": 0}, "batch 0 must be 1 or more"),
+        ({"rank": 3}, "rank 3 must be an even number"),
+        ({"lr": 0.0}, "lr 0 must be above 0"),
+        ({"warmup": 1.0}, "warmup 1 is not a share of the steps"),
+    ],
+)
+def test_options_that_train_nothing_are_refused(option, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(option)
+
+
 def test_without_peft_it_says_what_to_install(tiny, tiny_tokenizer, text, monkeypatch):
     real = builtins.__import__
 
