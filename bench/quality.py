@@ -1,6 +1,6 @@
 """Quality of the shipped recipes and of their parts on the demo model: perplexity, KL and top-1 by one protocol.
 
-    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 "50% of the channels*"]
+    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 "20% of*"]
 
 Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
 reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better.
