@@ -216,7 +216,8 @@ class _Checkpoint:
 
 def _sample(weight: Tensor) -> Tensor:
     """[64] of its values, in units of their RMS."""
-    values = weight.detach().flatten()[torch.linspace(0, weight.numel() - 1, 64).long()].float().cpu()
+    places = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()  # float32 ends at 2²⁴
+    values = weight.detach().flatten()[places].float().cpu()
     return values / values.square().mean().sqrt().clamp_min(1e-30)
 
 
