@@ -9,6 +9,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
 from compressor.pipeline import plan_of
+from compressor.verify_runtimes import check_torch, check_transformers
 
 IDS = torch.arange(4, 24)[None]
 RECIPE = {"exports": ["safetensors"], "calibration": {"windows": 2, "length": 24}, "steps": [{"depth": {"drop": 0.25}}]}
@@ -40,6 +41,11 @@ def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer
     torch.testing.assert_close(logits(artifact.model()), logits(model), atol=1e-4, rtol=1e-4)
     assert all(t.dtype == torch.bfloat16 for n, t in artifact.kept.items() if n.endswith("proj.weight"))
     artifact.save(tmp_path / "out")
+    check_torch(tmp_path / "out", tmp_path)  # leaves what the next one compares with
+    assert {row.check: row.status for row in check_transformers(tmp_path / "out", tmp_path)} == {
+        "tokenizer": "ok",
+        "logits in bf16": "ok",
+    }
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     torch.testing.assert_close(logits(stock, use_cache=True), logits(load(tmp_path / "out").model()), atol=0.05, rtol=0)
 
