@@ -3,7 +3,8 @@
     .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 "20% of*"]
 
 Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
-reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better.
+reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better. Where
+the reference is not among --rows, its own reference takes its place, and so on.
 Perplexity comes with that of its ratio to the original's.
 Perplexity is over --windows windows, KL and top-1 over the first 16.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -66,11 +68,11 @@ def svd_rows() -> dict[str, tuple[str, list[str], str | None]]:
             f"{name}, asvd": ("svd-80", [keep, "svd.metric=asvd", uniform, two], f"{name}, plain"),
             f"{name}, inputs": ("svd-80", [keep, "svd.metric=inputs", uniform, two], f"{name}, asvd"),
             f"{name}, inputs, pivoted": ("svd-80", [keep, "svd.metric=inputs", uniform], f"{name}, inputs"),
-            f"{name}, fisher, pivoted": ("svd-80", [keep, uniform], f"{name}, inputs, pivoted"),
-            name: ("svd-80", [keep], f"{name}, fisher, pivoted"),
+            f"{name}, equal ranks": ("svd-80", [keep, uniform], f"{name}, inputs, pivoted"),
+            name: ("svd-80", [keep], f"{name}, equal ranks"),
         }
-    rows["svd-80, ranks of svd_llm2"] = ("svd-80", ["svd.allocation=svd_llm2"], "svd-80, fisher, pivoted")
-    rows["svd-80, ranks by relative error"] = ("svd-80", ["svd.allocation=relative"], "svd-80, fisher, pivoted")
+    rows["svd-80, ranks of svd_llm2"] = ("svd-80", ["svd.allocation=svd_llm2"], "svd-80, equal ranks")
+    rows["svd-80, ranks by relative error"] = ("svd-80", ["svd.allocation=relative"], "svd-80, equal ranks")
     return rows
 
 
@@ -122,7 +124,12 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "svd-w4a4, pivoted": ("svd-w4a4", ["svd.form=pivoted"], "svd-w4a4"),
     "fp4-lowrank": ("fp4-lowrank", ["exports=[safetensors]"], "w4a4"),
     "fp4-lowrank, equal ranks": ("fp4-lowrank", ["exports=[safetensors]", "correct.allocation=uniform"], "fp4-lowrank"),
-    "w4a4, 5 bits with FP8": ("fp4-mixed", ["mixed_bits.bits=5.0"], "fp4-lowrank"),
+    "w4a4, 5 bits with FP8": ("fp4-mixed", ["mixed_bits.bits=5.0"], "fp4-lowrank"),  # as many bytes as the pairs
+    "fp4-lowrank without guard": (
+        "fp4-lowrank",
+        ["exports=[safetensors]", "quantize.guard=0"],
+        "w4a4, 5 bits with FP8",
+    ),
     "nvfp4a16, corrected": ("nvfp4a16", [f"steps=[{{quantize: {{{A16}}}}}, {{correct: {{bits: 0.5}}}}]"], "nvfp4a16"),
     "w8a8": ("w8a8", [], None),
     "w8a8-outliertune": ("w8a8-outliertune", [], "w8a8"),
@@ -142,7 +149,6 @@ ROWS: dict[str, tuple[str, list[str], str | None]] = {
     "llm-fp4 rows": ("llm-fp4", ["fp4.block=null"], "llm-fp4"),
     "llm-fp4 W4A8": ("llm-fp4", ["fp4.activation_bits=8"], "llm-fp4"),
 }
-
 
 
 def pruned(share: float, score: str, allocation: str = "uniform", repair: str = "none") -> list[str]:
@@ -174,6 +180,14 @@ for share in (0.25, 0.5):  # of a mixture: --model FOLDER
 ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
 ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfsp, least squares")
 ROWS["depth-10"] = ("depth-10", [], None)
+
+
+def reference_of(row: str, known: Collection[str]) -> str | None:
+    """What a row is compared with among `known`: its reference, or that one's, and so on."""
+    reference = ROWS[row][2]
+    while reference is not None and reference not in known:
+        reference = ROWS[reference][2]
+    return reference
 
 
 def cache(run: Runner, windows: int) -> Runner:
@@ -213,12 +227,11 @@ def main() -> None:
     kls: dict[str, Tensor] = {}
     for name in rows:
         start = time.monotonic()
-        recipe_name, overrides, reference = ROWS[name]
+        recipe_name, overrides, _ = ROWS[name]
         recipe = Recipe.load(recipe_name, [*overrides, f"calibration.windows={arguments.calibration_windows}"])
         artifact = compress(original.model, recipe, tokenizer=original.tokenizer, data=arguments.data, measure=False)
         model = artifact.model(dense=True, device=arguments.device)
         found = measure(torch_runner(model), test, base)
-        kls[name] = found.kl
         covered = coverage(artifact)
         line = {
             "commit": git.stdout.strip(),
@@ -237,10 +250,11 @@ def main() -> None:
             "seconds": round(time.monotonic() - start),
         }
         against = ""
-        if reference in kls:
+        if (reference := reference_of(name, kls)) is not None:
             interval = paired_interval(found.kl, kls[reference])
             line |= {"reference": reference, "kl_difference": interval}
             against = f"{interval[0]:+.3f} … {interval[1]:+.3f} ({reference})"
+        kls[name] = found.kl
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(

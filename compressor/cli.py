@@ -365,7 +365,7 @@ def _check_device(name: str) -> None:
 
 
 def _dry_run(recipe: Recipe, as_json: bool, verbose: bool) -> None:
-    from compressor.pipeline import plan_of
+    from compressor.plan import plan_of
 
     with console.working(quiet=as_json, verbose=verbose):
         plan = plan_of(recipe.model, recipe)

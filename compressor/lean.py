@@ -4,6 +4,7 @@ Two linears instead of one save weights, not memory for activations: what is bet
 keys and values, are as wide as before. `lean` changes how they come about, never what is stored:
 
     feed-forward   one op that has the hidden activations of a few tokens at a time
+    residual       on a GPU, one kernel for what ends each half of a post-norm block, norm(linear(x) + residual)
     attention      one op that lifts q, k and v for a few rows and heads at a time, where nothing (rotary embeddings)
                    stands between them and the scores
     rows           a block runs a few rows of a batch at a time, unless there is a cache to fill
@@ -81,11 +82,25 @@ class SelfAttention:
 
 
 @dataclass(frozen=True)
+class AddNorm:
+    """Names in a block; `owner` gives norm(linear(x) + residual)."""
+
+    linear: str
+    norm: str
+    owner: str
+
+    def apply(self, block: nn.Module) -> None:
+        span = (block.get_submodule(self.linear), block.get_submodule(self.norm))
+        become(block.get_submodule(self.owner), lean_modules.AddNorm, span=span)
+
+
+@dataclass(frozen=True)
 class RowByRow:
     by_row: frozenset[int | str]
+    within: bool
 
     def apply(self, block: nn.Module, row_tokens: int | None = None) -> None:
-        become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens)
+        become(block, lean_modules.Rows, by_row=self.by_row, row_tokens=row_tokens, within=self.within)
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,7 @@ class RankValues:
         become(block.get_submodule(self.name), rank_values_module.Values, size=self.size)
 
 
-Part = FeedForward | SelfAttention | RowByRow | RankValues
+Part = FeedForward | SelfAttention | AddNorm | RowByRow | RankValues
 
 
 @torch.no_grad()
@@ -132,7 +147,7 @@ def lean(
             elif isinstance(part, RankValues):
                 if rank_values_module.pays(block.get_submodule(part.name), part.size):
                     part.apply(block)
-            elif any(isinstance(block.get_submodule(n), kind) for n in part.names):
+            elif any(isinstance(block.get_submodule(n), kind) for n in _names(part)):
                 part.apply(block)
         used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
         for name, module in block.named_modules():
@@ -162,13 +177,14 @@ def parts_of(
         taken = {n for p in found if isinstance(p, FeedForward | SelfAttention) for n in p.names}
         if not taken & set(part.names) and _proven(under, part):
             found.append(part)
+    found += _add_norms(under)
     if rank_values:
         size = rank_values_module.head_size(config)
         tried = (RankValues(n, size) for n, m in under.linears.items() if m.out_features % size == 0)
         found += list(itertools.islice((part for part in tried if _values_proven(under, part)), 1))
     by_row: set[int | str] = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
     by_row |= {k for k, v in kwargs.items() if isinstance(v, Tensor) and len(v) == ROWS}
-    rows = RowByRow(frozenset(by_row))
+    rows = RowByRow(frozenset(by_row), any(isinstance(part, SelfAttention) for part in found))
     return [*found, rows] if _proven(under, rows) else found
 
 
@@ -270,6 +286,29 @@ def _attentions(under: Probe, heads: int) -> Iterator[SelfAttention]:
         rest = len(result) - 1 if isinstance(result, tuple) else None
         for order in itertools.permutations(square):
             yield SelfAttention(order, owner, heads, masks[0] if masks else None, rest)
+
+
+def _add_norms(under: Probe) -> Iterator[AddNorm]:
+    """linear -> plus the module's second argument -> layer norm, by value: this is the proof too."""
+    got, gave = under.inputs[0], under.outputs[0]
+    for owner, calls in under._calls.items():
+        norms = [n for n, m in under.block.named_modules() if type(m) is nn.LayerNorm and n.startswith(f"{owner}.")]
+        linears = [n for n in under.linears if n.startswith(f"{owner}.")]
+        args, kwargs = calls[0]
+        if not owner or len(norms) != 1 or len(linears) != 1 or len(args) != 2 or kwargs:
+            continue
+        norm: Any = under.module(norms[0])
+        if norm.weight is None or norm.bias is None or not isinstance(args[1], Tensor) or linears[0] not in gave:
+            continue
+        total = gave[linears[0]] + args[1]
+        y = nn.functional.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if _same(got.get(linears[0]), args[0]) and _same(gave.get(owner), y):
+            yield AddNorm(linears[0], norms[0], owner)
+
+
+def _names(part: FeedForward | SelfAttention | AddNorm) -> list[str] | tuple[str, ...]:
+    """The linears that it is about."""
+    return (part.linear,) if isinstance(part, AddNorm) else part.names
 
 
 def _proven(under: Probe, part: Part) -> bool:

@@ -18,8 +18,10 @@ from compressor.kernels import lowrank_attention, lowrank_ffn, lowrank_linear, n
 from compressor.kernels.lowrank_linear import Factors
 from compressor.lowrank import LowRankLinear
 
-# Tokens whose rows go through a block together: a few MB an activation, and products large enough to be fast.
-ROW_TOKENS, CPU_ROW_TOKENS = 8192, 1024
+# Tokens whose rows go through a block together, and those where attention and feed-forward are lean themselves: on a
+# GPU parting rows again would only be more launches.
+ROW_TOKENS, LEAN_ROW_TOKENS, CPU_ROW_TOKENS = 8192, 32768, 1024
+ADD_NORM_FEATURES = 8192  # at most, that one program of kernels/add_norm.py holds in registers
 
 
 def become(module: nn.Module, part: type[nn.Module], **told: Any) -> None:
@@ -54,6 +56,13 @@ def _takes_ops(x: Tensor) -> bool:
     return torch.compiler.is_exporting() or (x.device.type == "cpu" and native.built())
 
 
+def one_product(x: Tensor, span: tuple[nn.Module | None, ...]) -> None:
+    """On a GPU, where launches count: lay the downs of linears with a common input where one product reads them all."""
+    downs = [m.down.weight for m in span if isinstance(m, LowRankLinear)]
+    if x.is_cuda and len(downs) > 1:
+        lowrank_linear.side_by_side(downs)  # type: ignore[arg-type]
+
+
 class Single(LowRankLinear):
     """One node of a graph; otherwise two linears, as ever."""
 
@@ -86,6 +95,7 @@ class FFN(nn.Module):
         if _takes_ops(x):
             flat = [t for f in (first, gate, last) for t in f or (None, None, None)]
             return lowrank_ffn.lowrank_ffn(x, *flat, self.activation)
+        one_product(x, self.span[:2])
         return lowrank_ffn.chunked(x, first, gate, last, self.activation)
 
     def _some(self, x: Tensor) -> Tensor:
@@ -113,16 +123,20 @@ def _own(module: nn.Module) -> Callable[[Tensor], Tensor]:
 class Rows(nn.Module):
     """A block whose rows know nothing of each other, some rows at a time.
 
-    by_row   positions and names of arguments that have a row each
+    by_row       positions and names of arguments that have a row each
+    row_tokens   that go together; None: as many as suit the device
+    within       attention of the block is lean
     """
 
     by_row: frozenset[int | str]
     row_tokens: int | None
+    within: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         rows, length = hidden.shape[:2]
-        limit = self.row_tokens or (CPU_ROW_TOKENS if hidden.device.type == "cpu" else ROW_TOKENS)
+        suits = CPU_ROW_TOKENS if hidden.device.type == "cpu" else LEAN_ROW_TOKENS if self.within else ROW_TOKENS
+        limit = self.row_tokens or suits
         step = max(1, limit // max(1, length))
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
         if rows <= step or grows or torch.compiler.is_exporting() or (torch.is_grad_enabled() and hidden.requires_grad):
@@ -175,22 +189,60 @@ class Attention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
-        weights = [factors(m) for m in self.span]
-        if grows or None in weights or kwargs.get("output_attentions") or differentiated(x):
+        weights = [known for m in self.span if (known := factors(m)) is not None]
+        if grows or len(weights) < len(self.span) or kwargs.get("output_attentions") or differentiated(x):
             return super().forward(*args, **kwargs)
         mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
         mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
-        given = []
-        for down, up, bias in weights:  # type: ignore[misc]
-            ranked = nn.functional.linear(x, down, bias if up is None else None)
-            given.append((ranked, up, None if up is None else bias))
         width = self.span[0].out_features
         last = (mask, self.heads, self.heads, (int(width) // self.heads) ** -0.5, False)  # type: ignore[arg-type]
         if torch.compiler.is_exporting():
+            given = [
+                (nn.functional.linear(x, down, bias if up is None else None), up, None if up is None else bias)
+                for down, up, bias in weights
+            ]
             y = lowrank_attention.lowrank_attention(*(t for part in zip(*given, strict=True) for t in part), *last)
         else:
-            y = lowrank_attention.chunked(given[0], given[1], given[2], *last)
+            y = self._in_pieces(x, weights, *last)
         return y if self.rest is None else (y, *[None] * self.rest)
 
+    def _in_pieces(self, x: Tensor, weights: list[Factors], mask: Tensor | None, *last: Any) -> Tensor:
+        """Some rows at a time, so that what is in rank space is only theirs too."""
+        one_product(x, self.span)
+        rows, length = x.shape[:2]
+        width = int(self.span[0].out_features)  # type: ignore[arg-type]
+        pieces = lowrank_attention.pieces(rows, 3 * length * width * x.element_size(), x.is_cuda)
+        y = x.new_empty((rows, length, width)) if len(pieces) > 1 else None
+        for some in pieces:
+            part = x[some]
+            entered = lowrank_linear.into_ranks(part.flatten(0, 1), weights)
+            q, k, v = ((z.unflatten(0, part.shape[:2]), up, bias) for z, up, bias in entered)
+            own = mask[some] if mask is not None and mask.dim() == 4 and len(mask) == rows else mask
+            found = lowrank_attention.chunked(q, k, v, own, *last)
+            if y is None:
+                return found
+            y[some] = found
+            del entered, q, k, v, found  # before the next ones are there
+        assert y is not None
+        return y
 
-LEAN = (Single, Through, FFN, Rows, Attention)
+
+class AddNorm(nn.Module):
+    """norm(linear(x) + residual), as the module has it itself; on a GPU in one kernel behind the linear.
+
+    span   the linear and the nn.LayerNorm
+    """
+
+    span: tuple[nn.Module, nn.LayerNorm]
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        linear, norm = self.span
+        fits = x.is_cuda and x.dtype.itemsize <= 4 and norm.weight.numel() <= ADD_NORM_FEATURES
+        if not fits or self.training or differentiated(x, residual, norm.weight) or torch.compiler.is_exporting():
+            return super().forward(x, residual)
+        from compressor.kernels import add_norm
+
+        return add_norm.add_norm(linear(x), residual, norm.weight, norm.bias, norm.eps)
+
+
+LEAN = (Single, Through, FFN, Rows, Attention, AddNorm)

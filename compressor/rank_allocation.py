@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressor.allocation import Choice, allocate
+from compressor.errors import RecipeError
 from compressor.lowrank import rank_for, weights
 
 MOST = 0.95  # of a layer's weights that svd_llm2 removes
@@ -28,23 +29,29 @@ LEVELS = 24  # ranks that a layer can choose from, at most: the program has a va
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear [N, K]; `losses` [S + 1] float64: what is lost at rank 0, 1, …, S = min(N, K)."""
+    """One linear [N, K]; `losses` [S + 1] float64: what is lost at rank 0, 1, …, S = min(N, K).
+
+    overhead   what a factored layer costs beside its weights, in weights
+    """
 
     out_features: int
     in_features: int
     losses: Tensor | None = None
+    overhead: int = 0
 
     @property
     def dense(self) -> int:
         return self.out_features * self.in_features
 
     def weights(self, rank: int | None, pivoted: bool) -> int:
-        """Weights of a rank, None for the dense layer."""
-        return self.dense if rank is None else weights(self.out_features, self.in_features, rank, pivoted)
+        """What a rank costs, None for the dense layer."""
+        if rank is None:
+            return self.dense
+        return weights(self.out_features, self.in_features, rank, pivoted) + self.overhead
 
     def rank(self, share: float, pivoted: bool) -> float:
         """The rank, not rounded, that keeps a share of the weights."""
-        return rank_for(self.out_features, self.in_features, share * self.dense, pivoted)
+        return rank_for(self.out_features, self.in_features, share * self.dense - self.overhead, pivoted)
 
     def lost(self, rank: int | None) -> float:
         assert self.losses is not None
@@ -59,16 +66,36 @@ class Layer:
 Ranks = dict[str, int | None]  # None: the layer stays dense
 
 
-def uniform(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: int) -> Ranks:
-    """The same share for all, to within one `multiple` of ranks; together what `keep` allows, or less."""
-    return by_share(layers, dict.fromkeys(layers, keep), keep, pivoted, multiple)
+@dataclass(frozen=True)
+class Decisions:
+    """Of all layers of a step: R, the metric of the outputs (weighted_svd.py), where the step has one, and ranks."""
+
+    outputs: Mapping[str, Tensor]
+    ranks: Mapping[str, int | None]
 
 
-def by_share(
-    layers: Mapping[str, Layer], shares: Mapping[str, float], keep: float, pivoted: bool, multiple: int
+def check_multiple(rank_multiple: int) -> None:
+    """Raises ValueError for what no rank is a multiple of."""
+    if rank_multiple < 1:
+        raise ValueError(f"rank_multiple {rank_multiple} must be 1 or more; 16 is usual")
+
+
+def uniform(layers: Mapping[str, Layer], budget: int, pivoted: bool, multiple: int) -> Ranks:
+    """The same share for all, to within one `multiple` of ranks; together `budget` weights or less."""
+    return _by_share(layers, dict.fromkeys(layers, _share(layers, budget)), budget, pivoted, multiple)
+
+
+def _share(layers: Mapping[str, Layer], budget: int) -> float:
+    return budget / max(1, sum(layer.dense for layer in layers.values()))
+
+
+def _by_share(
+    layers: Mapping[str, Layer], shares: Mapping[str, float], budget: int, pivoted: bool, multiple: int
 ) -> Ranks:
-    """Layer by layer the rank below its share; what is left of the budget goes to the largest remainders."""
-    budget = keep * sum(layer.dense for layer in layers.values())
+    """Layer by layer the rank below its share; what is left of the budget goes to the largest remainders.
+
+    Raises RecipeError where the least rank of a layer, or what stays dense because no rank is smaller, is too much.
+    """
     chosen: Ranks = {}
     remainders: list[tuple[float, str, int | None]] = []
     for name, layer in layers.items():
@@ -79,6 +106,11 @@ def by_share(
         if place + 1 < len(steps):
             remainders.append((place + 1 - exact, name, steps[place + 1]))
     used = sum(layers[name].weights(rank, pivoted) for name, rank in chosen.items())
+    if used > budget:
+        raise RecipeError(
+            f"svd: the budget is {budget} weights, and ranks of {multiple} or more take {used} of these "
+            f"{sum(layer.dense for layer in layers.values())}; raise the budget or lower rank_multiple."
+        )
     for _, name, rank in sorted(remainders, key=lambda r: r[:2]):
         more = layers[name].weights(rank, pivoted) - layers[name].weights(chosen[name], pivoted)
         if used + more <= budget:
@@ -86,9 +118,9 @@ def by_share(
     return chosen
 
 
-def svd_llm2(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: int) -> Ranks:
+def svd_llm2(layers: Mapping[str, Layer], budget: int, pivoted: bool, multiple: int) -> Ranks:
     """Shares within each kind of layer by the logarithm of what they lose; `losses` are needed."""
-    base = uniform(layers, keep, pivoted, multiple)
+    base, keep = uniform(layers, budget, pivoted, multiple), _share(layers, budget)
     kinds: dict[str, list[str]] = {}
     for name in layers:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
@@ -98,7 +130,7 @@ def svd_llm2(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: 
         least = min((v for v in lost.values() if v > 0), default=1.0)
         scores = {n: 1 / math.log(math.e * max(lost[n], least) / least) for n in names}
         shares |= {n: 1 - removed for n, removed in _shared_out(scores, len(names) * (1 - keep)).items()}
-    return by_share(layers, shares, keep, pivoted, multiple)
+    return _by_share(layers, shares, budget, pivoted, multiple)
 
 
 def _shared_out(scores: Mapping[str, float], total: float) -> dict[str, float]:
@@ -113,10 +145,9 @@ def _shared_out(scores: Mapping[str, float], total: float) -> dict[str, float]:
         full |= over
 
 
-def cheapest(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: int, floor: float) -> Ranks:
+def cheapest(layers: Mapping[str, Layer], budget: int, pivoted: bool, multiple: int, floor: float) -> Ranks:
     """Least sum of `losses` within the budget; no layer gets less than `floor` times its uniform rank."""
-    budget = int(keep * sum(layer.dense for layer in layers.values()))
-    base = uniform(layers, keep, pivoted, multiple)
+    base = uniform(layers, budget, pivoted, multiple)
     groups = {}
     for name, layer in layers.items():
         own = base[name]
@@ -125,7 +156,7 @@ def cheapest(layers: Mapping[str, Layer], keep: float, pivoted: bool, multiple: 
         every = -(-len(ranks) // LEVELS) if ranks else 1
         kept: list[int | None] = [r for i, r in enumerate(ranks) if i % every == 0 or r == own]
         groups[name] = [Choice(str(r), layer.weights(r, pivoted), layer.lost(r)) for r in [*kept, None]]
-    found = allocate(groups, max(budget, sum(layers[n].weights(r, pivoted) for n, r in base.items()))).choices
+    found = allocate(groups, budget).choices
     return {name: None if found[name] == "None" else int(found[name]) for name in layers}
 
 

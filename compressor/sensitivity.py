@@ -14,7 +14,12 @@ window's tokens, drawn from the model's own distribution,
 which would be the mean over tokens of the squared gradient at output n if tokens were independent. They are not: what
 all tokens have in common survives the average that attention takes over v, what differs between them does not, and the
 mean of squares is wrong by up to twenty times there. It is right for an error that every token has anew, such as that
-of rounding the inputs: `Fisher.inputs`. Drawn tokens, not the text's: with those it would be the
+of rounding the inputs: `Fisher.inputs`. F is the diagonal of
+
+    R = Σ_windows G Gᵀ / Σ_tokens Σ_k x_k²            [N, N]: KL ≈ ½ tr(Dᵀ R D C), with C = E[x xᵀ]
+
+the outputs' factor of K-FAC (Martens, Grosse 2015), with the sums over a window inside the square for the same reason:
+`Fisher.pairs`. Drawn tokens, not the text's: with those it would be the
 "empirical Fisher", which is not the Hessian (Kunstner, Balles, Hennig 2019). Left out: correlations between entries of
 D, and those between layers.
 
@@ -30,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +57,7 @@ class Fisher:
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
     rows: Rows | None = None  # of the token table, where it was asked for
+    pairs: dict[str, Tensor] = field(default_factory=dict)  # R [N, N] float32, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,12 @@ def output_fisher(
     progress: Progress | None = None,
     device: str | torch.device | None = None,
     table: str | None = None,
+    pairs: bool = False,
 ) -> Fisher:
     """F of the linears `names`, on the CPU: one backward pass over each of the windows [S, L] int64.
 
-    names may have the head; table: the token embedding, whose rows are wanted too.
+    names may have the head; table: the token embedding, whose rows are wanted too; pairs: R too, which takes 4 N² bytes
+    of main memory a layer, for all layers at once.
 
     The mean is over all S·L tokens, so an expert's figure counts how often it is chosen, and is 0 if it never was.
     A few windows do (docs/mixed_bits.md has 4 of 256): what is noise in one F_n averages out over the layer.
@@ -91,7 +99,7 @@ def output_fisher(
         raise DataError(f"sensitivity windows must be [S, L] with S, L >= 1, got {list(windows.shape)}.")
     progress = progress or Silent()
     layers = {name: model.get_submodule(name) for name in names}
-    seen = {n: _Seen.start(len(m.get_parameter("weight"))) for n, m in layers.items()}
+    seen = {n: _Seen.start(len(m.get_parameter("weight")), pairs) for n, m in layers.items()}
     objective = _projection if head_name(model) is None else _log_likelihood
     named = blocks(model)
     calls = record(model, windows[0], named)
@@ -123,9 +131,10 @@ def output_fisher(
         raise ModelError(f"{type(model).__name__}: no gradient reaches its linears; use sensitivity: error.")
     total = windows.numel()
     return Fisher(
-        {name: one.of_weights(total) for name, one in seen.items()},
+        {name: one.scaled(one.gradients, total) for name, one in seen.items()},
         {name: (one.squares / total).float() for name, one in seen.items()},
         rows,
+        {name: one.scaled(one.pairs, total) for name, one in seen.items() if one.pairs is not None},
     )
 
 
@@ -242,29 +251,43 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """Of one layer: Σ_windows Σ_k G_nk² and Σ_t g_tn², [N] float64; Σ_t Σ_k x_tk²; how many tokens reached it."""
+    """Of one layer: Σ_windows Σ_k G_nk² and Σ_t g_tn², [N] float64; Σ_t Σ_k x_tk²; how many tokens reached it.
+
+    pairs   Σ_windows G Gᵀ, [N, N] float32, where it is wanted
+    """
 
     gradients: Tensor
     squares: Tensor
+    pairs: Tensor | None
     inputs: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def start(cls, rows: int) -> _Seen:
-        return cls(torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
+    def start(cls, rows: int, pairs: bool) -> _Seen:
+        square = torch.zeros(rows, rows) if pairs else None
+        return cls(torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64), square)
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """gradient [T, N], x [T, K], both of one window."""
-        sums = [(part @ x).square().sum(1) for part in gradient.T.split(max(1, GRADIENT_ELEMENTS // x.shape[1]))]
-        self.gradients += torch.cat(sums).cpu().double()
+        if self.pairs is None:
+            rows = max(1, GRADIENT_ELEMENTS // x.shape[1])
+            sums = torch.cat([(part @ x).square().sum(1) for part in gradient.T.split(rows)])
+        else:
+            g = gradient.T @ x
+            sums = g.square().sum(1)
+            self.pairs += (g @ g.T).cpu()
+        self.gradients += sums.cpu().double()
         self.squares += gradient.square().sum(0).cpu().double()
         self.inputs += x.square().sum().item()
         self.tokens += len(x)
 
-    def of_weights(self, all_tokens: int) -> Tensor:
-        """h is the mean over the tokens that reached the layer, KL that over all tokens: their ratio belongs here."""
+    def scaled(self, total: Tensor, all_tokens: int) -> Tensor:
+        """A sum over windows as F or R, float32.
+
+        C is the mean over the tokens that reached the layer, KL that over all tokens: their ratio belongs here.
+        """
         share = self.tokens / all_tokens
-        return (self.gradients / self.inputs * share if self.inputs else torch.zeros_like(self.gradients)).float()
+        return (total / self.inputs * share if self.inputs else torch.zeros_like(total)).float()
 
 
 @contextmanager

@@ -46,14 +46,9 @@ class Statistic(ABC):
             raise ValueError(f"{type(self).__name__} has seen no token")
 
 
-class Gram(Statistic):
-    """Mean of x xᵀ, [K, K]: H = XᵀX / T, what second-order methods work on.
-
-    The sum is float32 and stays where the inputs are: at K = 14336 it is 0.8 GB, too much to move for every window.
-    It is symmetric, so only the blocks on and above the diagonal are added up: 5/8 of the products.
-    """
-
-    PARTS = 4
+class _Products(Statistic):
+    """A sum of products of channels, [K, K] float32, which stays where the inputs are: at K = 14336 it is 0.8 GB, too
+    much to move for every window."""
 
     def __init__(self, features: int):
         self.features = features
@@ -63,50 +58,11 @@ class Gram(Statistic):
     def start(cls, features: int) -> Self:
         return cls(features)
 
-    def add(self, x: Tensor) -> None:
-        x = x.float()
+    def _sum(self, x: Tensor) -> Tensor:
+        """The sum so far, zeros where `x` is if it is the first."""
         if self.total is None:
             self.total = x.new_zeros(self.features, self.features)
-        width = -(-self.features // self.PARTS)
-        for start in range(0, self.features, width):
-            rows = slice(start, start + width)
-            self.total[rows, start:].addmm_(x[:, rows].T, x[:, start:])
-        self.tokens += len(x)
-
-    def merge(self, other: Self) -> None:
-        if other.total is not None:
-            self.total = other.total.clone() if self.total is None else self.total + other.total.to(self.total.device)
-            self.tokens += other.tokens
-
-    def value(self) -> Tensor:
-        self._require_tokens()
-        assert self.total is not None
-        upper = self.total.triu()
-        return upper.add_(upper.triu(1).T).div_(self.tokens)
-
-
-class CrossGram(Statistic):
-    """Mean of x₀ xᵀ, [K, K], x an input and x₀ what it was before the layers in front of it were changed."""
-
-    def __init__(self, features: int):
-        self.features = features
-        self.total: Tensor | None = None
-
-    @classmethod
-    def start(cls, features: int) -> Self:
-        return cls(features)
-
-    def add(self, x: Tensor) -> None:
-        """Tokens that are what they were."""
-        self.add_pair(x, x)
-
-    def add_pair(self, x: Tensor, before: Tensor) -> None:
-        """The same T tokens now and before, both [T, K]."""
-        x, before = x.float(), before.float()
-        if self.total is None:
-            self.total = x.new_zeros(self.features, self.features)
-        self.total.addmm_(before.T, x)
-        self.tokens += len(x)
+        return self.total
 
     def merge(self, other: Self) -> None:
         if other.total is not None:
@@ -117,6 +73,41 @@ class CrossGram(Statistic):
         self._require_tokens()
         assert self.total is not None
         return self.total / self.tokens
+
+
+class Gram(_Products):
+    """Mean of x xᵀ, [K, K]: H = XᵀX / T, what second-order methods work on.
+
+    It is symmetric, so only the blocks on and above the diagonal are added up: 5/8 of the products.
+    """
+
+    PARTS = 4
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        total, width = self._sum(x), -(-self.features // self.PARTS)
+        for start in range(0, self.features, width):
+            rows = slice(start, start + width)
+            total[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+        self.tokens += len(x)
+
+    def value(self) -> Tensor:
+        upper = super().value().triu_()
+        return upper.add_(upper.triu(1).T)
+
+
+class CrossGram(_Products):
+    """Mean of x₀ xᵀ, [K, K], x an input and x₀ what it was before the layers in front of it were changed."""
+
+    def add(self, x: Tensor) -> None:
+        """Tokens that are what they were."""
+        self.add_pair(x, x)
+
+    def add_pair(self, x: Tensor, before: Tensor) -> None:
+        """The same T tokens now and before, both [T, K]."""
+        x, before = x.float(), before.float()
+        self._sum(x).addmm_(before.T, x)
+        self.tokens += len(x)
 
 
 class BlockNoise(Statistic):

@@ -4,29 +4,26 @@
     model = AutoModelForCausalLM.from_pretrained("out", dtype=torch.bfloat16)
 
 Such a folder names a compressed-tensors scheme that does not exist, so that every other reader refuses it instead of
-running on random weights (exporters/hf_config.py). Registered, that refusal is what we recognize: a quantizer of ours
-builds the model as `compressor.load` does. Folders that stock transformers can load go the way they always do.
+running on random weights, or its group says that layers are corrected, which other readers leave out
+(exporters/hf_config.py). Registered, that is what we recognize: a quantizer of ours builds the model as
+`compressor.load` does. Folders that stock transformers can load go the way they always do.
 """
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-
-from compressor.errors import ModelError
 
 METHOD = "compressor"
 
 
 def register_transformers() -> None:
-    """Let transformers 4 load every folder of ours in this process. Raises ModelError under another version."""
+    """Let transformers, 4 or 5, load every folder of ours in this process."""
     from transformers.quantizers import auto
 
-    if not (version := metadata.version("transformers")).startswith("4."):
-        raise ModelError(f"transformers {version} has other hooks for loading than 4; use compressor.load(…).model().")
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         _register(auto)
 
@@ -35,7 +32,7 @@ def _register(auto: Any) -> None:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from compressor.exporters.hf_config import REFUSAL
+    from compressor.exporters.hf_config import CORRECTED, REFUSAL
 
     stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
 
@@ -47,38 +44,39 @@ def _register(auto: Any) -> None:
     class Recognizing(stock):  # type: ignore[misc,valid-type]
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-            ours = any(name.startswith(REFUSAL) for name in config_dict.get("config_groups") or ())
+            ours = any(name.startswith((REFUSAL, CORRECTED)) for name in config_dict.get("config_groups") or ())
             return Config() if ours else stock.from_dict(config_dict, **options)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Recognizing
 
     @auto.register_quantizer(METHOD)
     class Quantizer(HfQuantizer):
-        """Puts the modules of the folder, weights and all, in the places of the empty ones."""
+        """Gives the model the modules of the folder, weights and all, when loading is over.
+
+        Until then it has none, so that no version casts, ties or initializes a tensor of ours.
+        """
 
         requires_calibration = True  # nothing is quantized here: the folder is
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            built = _built(model)
-            for name, child in built.named_children():
-                setattr(model, name, child)
-            if not isinstance(model.get_input_embeddings(), nn.Embedding):
-                model.config.tie_word_embeddings = False  # a packed table has no weight to share
+            self.dtype, self.tied = model.dtype, model.config.tie_word_embeddings
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}  # what transformers 5 asks instead
+            for name, _ in list(model.named_children()):
+                setattr(model, name, nn.Module())
+            self.ignored = model._keys_to_ignore_on_load_unexpected
+            everything = {".*"} if isinstance(self.ignored, set) else [".*"]  # transformers 5 has a set, 4 a list
+            model._keys_to_ignore_on_load_unexpected = everything
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-            """Nothing is left to do."""
+            for name, part in _built(model.config.name_or_path, self.dtype).named_children():
+                setattr(model, name, part)
+            packed_table = not isinstance(model.get_input_embeddings(), nn.Embedding)  # it has no weight to share
+            model.config.tie_word_embeddings = self.tied and not packed_table
+            model._keys_to_ignore_on_load_unexpected = self.ignored
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return True  # every tensor is in place already
-
-        def create_quantized_param(self, *_: Any, **__: Any) -> None:
-            """The file's tensors are those that `_built` read."""
-
-        def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-            return []  # an alias is in the model and not in the file
-
-        def update_unexpected_keys(self, model: Any, unexpected_keys: list[str]) -> list[str]:
-            return []
+            return False
 
         def is_serializable(self, safe_serialization: Any = None) -> bool:
             return False
@@ -88,12 +86,11 @@ def _register(auto: Any) -> None:
             return False
 
 
-def _built(model: Any) -> nn.Module:
-    """The model of the folder or hub id that `model`'s config came from, in the dtype of `model`."""
+def _built(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder or hub id of ours."""
     from huggingface_hub import snapshot_download
 
     from compressor.folder import load
 
-    name = model.config.name_or_path
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
-    return load(folder).model(model.dtype)
+    return load(folder).model(dtype)

@@ -10,7 +10,8 @@ loss is Σ_{j>k} s_j² exactly, s the singular values of M.
     C = diag(m^2α)       ASVD, m the mean |x| of each channel         Yuan et al. 2023
     C = E[x xᵀ]          SVD-LLM, whichever root L is taken           Wang et al., ICLR 2025
     R = diag(F) or E[g gᵀ]     the Fisher information of the outputs: FWSVD (Hsu et al., ICLR 2022), and in Kronecker
-                         form with C, where half the loss is the increase of KL to second order
+                         form with C (K-FAC, Martens, Grosse 2015), where half the loss is the increase of KL to
+                         second order
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-12  # of the largest eigenvalue of a metric: below it is rounding noise
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def _root(metric: Tensor | None, like: Tensor, floor: float = 0.0) -> Tensor | N
         return None
     metric = metric.to(like.device, torch.float64)
     if metric.dim() == 1:
-        return metric.clamp_min(floor * metric.mean()).sqrt()
+        return metric.clamp_min(floor * max(metric.mean().item(), TINY)).sqrt()
     values, vectors = torch.linalg.eigh(metric)
-    least = max(SMALLEST * values[-1].item(), 0.0)
-    values = torch.where(values > least, values, 0).clamp_min(floor * values.clamp_min(0).mean())
+    values = torch.where(values > SMALLEST * values[-1], values, 0).clamp_min(0)
+    values = values.clamp_min(floor * max(values.mean().item(), TINY))
     return (vectors * values.sqrt()) @ vectors.T
 
 
@@ -98,6 +100,13 @@ def _times(root: Tensor, matrix: Tensor) -> Tensor:
 
 def _inverse(root: Tensor) -> Tensor:
     return torch.linalg.inv(root) if root.dim() == 2 else root.reciprocal()
+
+
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [N, k] B [k, K] as the same product, column j of A and row j of B of one norm: a size that every dtype holds,
+    and that is rounded alike on both sides."""
+    size = (a.norm(dim=0).clamp_min(TINY) / b.norm(dim=1).clamp_min(TINY)).sqrt()
+    return a / size, b * size[:, None]
 
 
 def pivoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

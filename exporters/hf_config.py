@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 SECTION = "compressor"
 SECTION_FORMAT, RESHAPED = 1, 2  # the second has modules of other shapes than the config's
 
-REFUSAL = "none; open this folder with compressor.load, because "  # what transformers_loader.py recognizes
+# What transformers_loader.py recognizes: groups that other readers refuse, and those that they run uncorrected.
+REFUSAL, CORRECTED = "none; open this folder with compressor.load, because ", "corrected"
 
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 # A runtime rounds block scales to `scale_dtype` only when it is named.
@@ -197,11 +198,12 @@ def _dialect(packed: Mapping[str, Packed], stock: nn.Module) -> dict[str, Any]:
     if len(groups) == 1 and len(ignore) <= len(packed):
         next(iter(groups.values()))["targets"] = ["Linear"]
     formats = {g["format"] for g in groups.values()}
+    named = CORRECTED if any("correction_down" in p.tensors for p in packed.values()) else "group"
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "config_groups": {f"group_{i}": g for i, g in enumerate(groups.values())},
+        "config_groups": {f"{named}_{i}": g for i, g in enumerate(groups.values())},
         "ignore": ignore,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

@@ -1,4 +1,4 @@
-"""Linears that read the same value, as one node: q, k and v; gate and up.
+"""Linears that read the same value, as one node: q, k and v; gate and up; the first factors of those, in low rank.
 
 A runtime pays for every node: its start, a second thread, and rounding of an input that was rounded already. Rows of
 one output matrix may belong to several modules, so the merged node is the op that they had, with more rows, and its
@@ -23,6 +23,7 @@ JOIN = "+"  # between the names of modules that share a node
 ROWS = {"weight", "weight_packed", "weight_scale", "bias"}  # one row, or one number, for each output
 LINEARS = {name: inputs for name, inputs in INPUTS.items() if name.endswith("Linear") and name != "LowRankLinear"}
 LINEARS["MatMulNBits"] = ("x", "weight", "weight_scale", "zero_points", "g_idx", "bias")
+LINEARS["FusedMatMul"] = ("x", "weight")  # transB, as onnx_fusion.py makes it
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _runs(graph: ir.Graph, weights: Path) -> Iterator[list[ir.Node]]:
     """Linears of one input and one kind whose tensors follow one another in the file, in that order."""
     groups: dict[Any, list[tuple[int, ir.Node]]] = {}
     for node in graph:
-        if node.op_type in LINEARS and node.domain in (DOMAIN, STOCK_DOMAIN) and node.name:
+        if node.op_type in LINEARS and node.domain in (DOMAIN, STOCK_DOMAIN):
             alike = [(name, a.value) for name, a in sorted(node.attributes.items()) if name != "N"]
             if weight := _stored(node.inputs[1]):
                 groups.setdefault((node.inputs[0], node.op_type, str(alike)), []).append((weight.offset, node))
@@ -126,7 +127,7 @@ def _one_node(graph: ir.Graph, run: list[ir.Node]) -> ir.Node:
     attributes = {name: a.value for name, a in first.attributes.items()}
     if "N" in attributes:
         attributes["N"] = sum(rows)
-    name = JOIN.join(n.name for n in run if n.name)
+    name = JOIN.join(n.name for n in run if n.name)  # what is no module of ours has none
     linear = ir.node(first.op_type, inputs, attributes, domain=first.domain, name=name)
     sizes = ir.node("Constant", [], {"value_ints": rows})
     split = ir.node("Split", [linear.outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(run))

@@ -68,13 +68,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], rank: Mapping[str, int] = M
     """One safetensors file; the bytes depend on names, ranks and values only. Tensors may share storage.
 
     The same tensors of sister modules lie side by side, in the order of the modules' `rank`, so that one initializer
-    can be the weight of q, k and v (onnx_sites.py).
+    can be the weight of q, k and v, or of the first factors of all three (onnx_sites.py).
     """
     assert sys.byteorder == "little", "the file format is little endian"
 
     def place(name: str) -> tuple[Any, ...]:
         module, _, leaf = name.rpartition(".")
         aligned = _size(tensors[name]) % ALIGNMENT == 0
+        owner, _, factor = module.rpartition(".")
+        if module not in rank and owner in rank:  # of low rank: what the model's own module has become
+            module, leaf = owner, f"{factor}.{leaf}"
         sisters = (module.rpartition(".")[0], leaf, rank.get(module, 0))
         return (not aligned, -tensors[name].element_size(), *sisters, name)
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIFTED_BYTES, CPU_LIFTED_BYTES = 24 << 20, 4 << 20  # as in lowrank_ffn.py: what of q, k and v is lifted at a time
+# What of q, k and v is lifted at a time; on a GPU, where pieces are launches, the least is never parted.
+LIFTED_BYTES, LEAST_LIFTED_BYTES, CPU_LIFTED_BYTES = 64 << 20, 16 << 20, 4 << 20
 FEW_QUERIES = 16  # whose scores may be held
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # a tensor, and how it is lifted
 
@@ -52,16 +53,19 @@ def reference(
     return out.transpose(1, 2).flatten(2)
 
 
-def _lifted(given: Given, rows: slice = slice(None)) -> Tensor:
-    """[B, P, R] -> features `rows` of [B, P, heads * E]; what is not in rank space as it is."""
+def _lifted(given: Given, rows: slice | None = None) -> Tensor:
+    """[B, P, R] -> features `rows` (None: all) of [B, P, heads * E]; what is not in rank space as it is."""
     x, up, bias = given
+    if rows is not None:
+        x, up, bias = (x[..., rows], None, None) if up is None else (x, up[rows], None if bias is None else bias[rows])
     if up is None:
-        return x[..., rows]
-    return F.linear(x, up[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
+        return x
+    lifted = F.linear(x.flatten(0, 1), up.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return lifted.view(*x.shape[:2], -1)  # as a matrix x may be columns of a wider one, without a copy
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _seen(mask: Tensor | None, causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
@@ -81,6 +85,20 @@ def _weights(scores: Tensor, seen: Tensor | None) -> Tensor:
         p = wide.masked_fill(~seen, torch.finfo(wide.dtype).min).softmax(-1)
         return p.masked_fill(~seen.any(-1, keepdim=True), 0).to(scores.dtype)
     return (wide if seen is None else wide + seen).softmax(-1).to(scores.dtype)
+
+
+def pieces(rows: int, lifted_bytes: int, gpu: bool) -> list[slice]:
+    """Rows to take together where a row's lifted q, k and v take so many bytes; at least one piece.
+
+    On a GPU in three, which hold as much as y does, unless the bytes ask for more or fewer.
+    """
+    total = rows * lifted_bytes
+    if gpu:
+        count = max(-(-total // LIFTED_BYTES), min(3, total // LEAST_LIFTED_BYTES))
+    else:
+        count = -(-total // CPU_LIFTED_BYTES)
+    step = max(-(-rows // max(count, 1)), 1)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
 
 
 @torch.no_grad()
@@ -106,6 +124,12 @@ def chunked(
     a_head = size * (shared * queries + 2 * keys) * q.element_size()  # of one key-value head and its queries, one row
     groups = next((g for g in range(kv_heads, 1, -1) if kv_heads % g == 0 and g * a_head <= limit), 1)
     batch = max(1, limit // (groups * a_head))
+    if groups == kv_heads and batch >= rows:
+        found = _attention(
+            _heads(_lifted(query), heads), _heads(_lifted(key), kv_heads), _heads(_lifted(value), kv_heads),
+            mask, scale, causal,
+        )  # fmt: skip
+        return found.transpose(1, 2).flatten(2)
     y = q.new_empty((rows, queries, heads * size))
     for row in range(0, rows, batch):
         some = slice(row, row + batch)

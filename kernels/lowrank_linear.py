@@ -11,6 +11,8 @@ bfloat16 factors read as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,40 @@ def product(x: Tensor, factors: Factors) -> Tensor:
     down, up, bias = (t if t is None else t.to(x.dtype) for t in factors)
     assert down is not None
     return F.linear(x, down, bias) if up is None else F.linear(F.linear(x, down), up, bias)
+
+
+def into_ranks(x: Tensor, linears: Sequence[Factors]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """x [T, K] -> for each linear what is left to do: its input, [T, R] or x itself, its last matrix and its bias.
+
+    Downs that lie `side_by_side` are one product, whose columns the inputs then are.
+    """
+    typed = [tuple(t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in one) for one in linears]
+    downs: list[Tensor] = [down for down, up, _ in typed if down is not None and up is not None]
+    if len(downs) > 1 and _adjacent(downs):
+        whole = downs[0].as_strided((sum(map(len, downs)), x.shape[1]), (x.shape[1], 1))
+        ranked = iter(F.linear(x, whole).split([len(d) for d in downs], 1))
+    else:
+        ranked = iter([F.linear(x, down) for down in downs])
+    return [(x, down, bias) if up is None else (next(ranked), up, bias) for down, up, bias in typed]  # type: ignore
+
+
+def side_by_side(matrices: Sequence[Tensor]) -> None:
+    """Move matrices [., K] of one dtype and device into one storage, in this order, unless they lie so already."""
+    if not _adjacent(matrices):
+        whole = torch.cat([m.detach() for m in matrices])
+        for matrix, piece in zip(matrices, whole.split([len(m) for m in matrices]), strict=True):
+            matrix.data = piece
+
+
+def _adjacent(matrices: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before it ends, all in the storage of the first."""
+    ends = [m.data_ptr() + m.nbytes for m in matrices]
+    storage = matrices[0].untyped_storage()
+    return (
+        all(m.data_ptr() == end for m, end in zip(matrices[1:], ends, strict=False))
+        and ends[-1] <= storage.data_ptr() + storage.nbytes()
+        and all(m.is_contiguous() for m in matrices)
+    )
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.importance import SCORES
 from compressor.methods.cfsp import CFSP
 from compressor.model import linears, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.progress import Silent
 from compressor.run import Run
 from compressor.runtimes import OnnxSession, torch_greedy

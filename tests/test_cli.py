@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -465,7 +466,9 @@ def test_ctrl_c_leaves_nothing(tiny):
     Path("text.txt").write_text(TEXT * 12)
     # Many windows, so that calibration lasts longer than the signal takes.
     command += ["--data", "text.txt", "--set", "calibration.windows=350", "--set", "calibration.length=128"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell that runs tests in the background lets its children ignore the signal.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     seen = []
     for line in process.stderr:
         seen.append(line)

@@ -10,7 +10,7 @@ from compressor import Recipe, compress, load
 from compressor.errors import OutputError, RecipeError
 from compressor.layers import build
 from compressor.model import linears
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.rank_allocation import share_ranks
 from compressor.verify import FAILED, OK, verify
 
@@ -44,9 +44,11 @@ def test_it_makes_up_for_rounding_as_predicted(tiny, tiny_tokenizer, text):
     made = {}
     for bits in (None, 0.5, 2.0):
         steps = [QUANTIZE] + ([{"correct": {"bits": bits}}] if bits else [])
-        made[bits] = compress(model, recipe(*steps), tokenizer=tiny_tokenizer, data=text, measure=False)
+        made[bits] = compress(model, recipe(*steps), tokenizer=tiny_tokenizer, data=text, measure=bits == 2.0)
     measured = {bits: kl(model, artifact.model()) for bits, artifact in made.items()}
     assert measured[2.0] < 0.6 * measured[None] and measured[2.0] < measured[0.5] < measured[None]
+    (rounded,) = made[2.0].record["ledger"]
+    assert rounded["after"] == "1 quantize" and rounded["kl"] > 1.3 * made[2.0].record["quality"]["kl"]
     report = made[2.0].record["steps"]["2 correct"]
     assert sum(r["kl_after"] for r in report.values()) < 0.5 * sum(r["kl_before"] for r in report.values())
     linear = sum(m.weight.numel() for m in linears(model).values())
@@ -76,6 +78,7 @@ def test_a_corrected_folder_runs_everywhere_and_is_an_adapter(tiny, tiny_tokeniz
         a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         rank = config["rank_pattern"].get(name, config["r"])
         assert a.shape[0] == b.shape[1] == rank == config["alpha_pattern"].get(name, config["lora_alpha"])
+        assert torch.allclose(a.float().norm(dim=1), b.float().norm(dim=0), rtol=0.02)  # float16 holds both
         module = build(artifact.packed[name])
         x = torch.randn(2, module.in_features)
         assert torch.allclose(module(x), module.rounded(x) + x @ a.float().T @ b.float().T, atol=1e-5)

@@ -8,7 +8,7 @@ from compressor import Recipe, compress, load
 from compressor.errors import ModelError, RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.verify_runtimes import check_torch, check_transformers
 
 IDS = torch.arange(4, 24)[None]

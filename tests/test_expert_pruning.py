@@ -8,7 +8,7 @@ from compressor import Recipe, compress
 from compressor.errors import ModelError, RecipeError
 from compressor.methods.experts import Experts
 from compressor.model import linears, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.progress import Silent
 from compressor.run import Run
 

@@ -16,7 +16,7 @@ from compressor.layers import build
 from compressor.methods.mixed_bits import GPTQ_SHARE, MixedBits
 from compressor.methods.quantize import Quantize
 from compressor.model import linears
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.sensitivity import costs, output_fisher
 from compressor.statistics import BlockNoise, ChannelSquare
 

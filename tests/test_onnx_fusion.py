@@ -24,15 +24,15 @@ from compressor.verify import FAILED, Check
 from compressor.verify_runtimes import CHECKS
 
 TOLERANCE = 1e-4  # whole models in float32 on both sides
-NORMS = "SimplifiedLayerNormalization"
+NORMS, MERGED = "SimplifiedLayerNormalization", "merged linears"
 # Of one layer (gemma3: two, one with a sliding window), and the norm and the head behind it.
 EXPECTED: dict[str, dict[str, int]] = {
-    "llama": {"GroupQueryAttention": 1, NORMS: 1, f"Skip{NORMS}": 2, "QuickGelu": 1},
-    "qwen3": {"GroupQueryAttention": 1, NORMS: 3, f"Skip{NORMS}": 2, "QuickGelu": 1},
-    "gemma3": {"GroupQueryAttention": 2, NORMS: 9, f"Skip{NORMS}": 4},
+    "llama": {"GroupQueryAttention": 1, NORMS: 1, f"Skip{NORMS}": 2, "SwiGLU": 1, MERGED: 5},
+    "qwen3": {"GroupQueryAttention": 1, NORMS: 3, f"Skip{NORMS}": 2, "SwiGLU": 1, MERGED: 5},
+    "gemma3": {"GroupQueryAttention": 2, NORMS: 9, f"Skip{NORMS}": 4, MERGED: 10},
     "gpt2": {"GroupQueryAttention": 1},
-    "opt": {},
-    "bert": {},
+    "opt": {MERGED: 3},
+    "bert": {MERGED: 3},
 }
 
 
@@ -50,7 +50,8 @@ def export(source: Any, folder: Path, graph: str = "ort") -> Artifact:
     recipe = Recipe.load("nvfp4a16", [f"graph={graph}"])
     artifact = Artifact(model.config, loaded.kind, None, recipe, {}, kept, tied)
     folder.mkdir()
-    safetensors_file.write(folder / "model.safetensors", artifact.tensors())
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    safetensors_file.write(folder / "model.safetensors", artifact.tensors(), order)
     onnx_graph.export(artifact, folder)
     return artifact
 
@@ -294,3 +295,33 @@ def test_linears_of_one_input_share_a_node_and_the_bytes_of_the_file(written: Pa
     offset = entries[f"{parts[0].format(0)}.weight_packed"][2]
     assert int(whole["offset"]) == offset
     assert int(whole["length"]) == sum(entries[f"{p.format(0)}.weight_packed"][3] for p in parts)
+
+
+PIVOTED = {"keep": 0.7, "rank_multiple": 4}
+PLAIN = {"keep": 0.7, "form": "plain", "targets": ["*.mlp.*"]}
+SITES = [["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "leaf", "sites"),
+    [
+        ([{"svd": PIVOTED}], "down.weight", SITES),
+        ([{"svd": PLAIN}, {"quantize": {"weights": "nvfp4"}}], "down.weight_packed", SITES[:1]),
+    ],
+)
+def test_first_factors_of_one_input_share_a_node(
+    steps: list[Any], leaf: str, sites: list[list[str]], tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """q, k and v of low rank read their input once, whatever their ranks; what each rank becomes is its own node."""
+    recipe = Recipe.from_dict({"graph": "ort", "calibration": {"windows": 2, "length": 16}, "steps": steps})
+    artifact = compress(tiny("llama", num_hidden_layers=1), recipe, tokenizer=tiny_tokenizer, measure=False)
+    artifact.save(tmp_path / "out")
+    ranks = {name.rpartition(".")[2]: shaped.attributes["rank"] for name, shaped in artifact.structure.items()}
+    wide = [t for t in read_graph(tmp_path / "out").graph.initializer if "+" in t.name and t.name.endswith(f".{leaf}")]
+    named = [sorted(part.split(".")[-3] for part in t.name.split("+")) for t in wide]
+    assert sorted(named) == sites
+    assert [t.dims[0] for t in wide] == [sum(ranks[part] for part in parts) for parts in named]
+    ids = torch.randint(4, 288, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = artifact.model()(input_ids=ids).logits
+    assert relative(OnnxSession(tmp_path / "out").prefill(ids)[0], expected) < TOLERANCE

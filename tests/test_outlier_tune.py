@@ -353,7 +353,7 @@ def test_the_onnx_graph_computes_the_same_nodes(tiny, tiny_tokenizer, text, tmp_
 def test_all_windows_set_the_ranges(tiny, tiny_tokenizer, text, monkeypatch):
     seen = []
     fold = OutlierTune.fold
-    monkeypatch.setattr("compressor.pipeline.SURVEY_WINDOWS", 2)
+    monkeypatch.setattr("compressor.steps.SURVEY_WINDOWS", 2)
 
     def spy(self, model, calibration):
         seen.append(calibration._statistics[calibration.sites[0]][ChannelMinMax].tokens)

@@ -8,7 +8,7 @@ from compressor.errors import DataError, ModelError, NumericsError, RecipeError
 from compressor.kernels import activations as act
 from compressor.layers import QuantLinear
 from compressor.model import as_loaded, blocks, linears
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 
 
 def recipe(name="w4a4", *overrides):

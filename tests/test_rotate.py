@@ -23,7 +23,7 @@ from compressor.methods.quantize import Quantize
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
 from compressor.model import as_loaded, is_tied, linears, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.rotations import head_size, rotate_residual, rotate_values
 from compressor.sensitivity import output_fisher
 from compressor.statistics import AbsMax, ChannelSquare, Gram, TokenSample

@@ -97,18 +97,22 @@ def test_experts_count_how_often_they_are_chosen(tiny):
 def test_the_figure_is_that_of_the_definition(tiny):
     """Against autograd's own weight gradient, drawn with the same generator."""
     model, windows, name = tiny("llama"), windows_of(2, 16), "model.layers.0.mlp.down_proj"
-    found = output_fisher(model, windows, [name], generator()).weights[name]
+    fisher = output_fisher(model, windows, [name], generator(), pairs=True)
+    found, pairs = fisher.weights[name], fisher.pairs[name]
     layer, draw, inputs = model.get_submodule(name), generator(), []
     handle = layer.register_forward_hook(lambda _module, args, _out: inputs.append(args[0].detach()))
-    squares = torch.zeros(layer.out_features)
+    expected = torch.zeros(layer.out_features, layer.out_features)
     for window in windows:
         scores = model(input_ids=window[None]).logits[0].log_softmax(-1)
         drawn = torch.multinomial(scores.detach().exp(), 1, generator=draw)
         (gradient,) = torch.autograd.grad(scores.gather(-1, drawn).sum(), layer.weight)
-        squares += gradient.square().sum(1)
+        expected += gradient @ gradient.T
     handle.remove()
     assert found.dtype == torch.float32 and found.shape == (64,)
-    torch.testing.assert_close(found, squares / torch.cat(inputs).square().sum(), rtol=1e-4, atol=0)
+    expected /= torch.cat(inputs).square().sum()
+    assert pairs.dtype == torch.float32
+    torch.testing.assert_close(found, expected.diagonal(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(pairs, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("fails", [False, True])

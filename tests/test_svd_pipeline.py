@@ -11,7 +11,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.layers import QuantLinear
 from compressor.lowrank import LowRankLinear, weights
 from compressor.model import linears, skeleton, twin
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.structure import Shaped, as_json, between, from_json, hollow, reshape
 from compressor.verify import FAILED, OK, verify
 

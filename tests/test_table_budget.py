@@ -17,7 +17,7 @@ from compressor.allocation import Choice, allocate
 from compressor.errors import RecipeError
 from compressor.layers import build
 from compressor.model import as_loaded, embedding_name, head_name, linears
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.sensitivity import output_fisher
 from compressor.table_budget import auto_tables, head_among, weighed
 from compressor.tables import fitting, head_importance, pack_tables, packed_table

@@ -17,7 +17,7 @@ from compressor.errors import DataError, ModelError, NumericsError, RecipeError
 from compressor.exporters import hf_config
 from compressor.exporters.onnx_graph import compressed_nodes
 from compressor.layers import Packed, build
-from compressor.pipeline import plan_of
+from compressor.plan import plan_of
 from compressor.recipe import TableFormat
 from compressor.runtimes import OnnxSession, expose, read_graph
 from compressor.tables import TABLE_METHODS, head_importance, pack_tables, place_tables

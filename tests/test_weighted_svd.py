@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.weighted_svd import pivoted, shifted, weighted_svd
+from compressor.weighted_svd import balanced, pivoted, shifted, weighted_svd
 
 METRICS = ["none", "diagonal", "full"]
 
@@ -70,6 +70,22 @@ def test_an_output_that_nothing_looks_at_is_still_finite():
     fisher[3] = 0
     a, b = weighted_svd(normal(24, 40), fisher, None).factors(10)
     assert torch.isfinite(a @ b).all() and (a @ b)[3].norm() < 1e3
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 24)])
+def test_a_layer_that_no_loss_looks_at_is_a_plain_one_without_loss(shape):
+    """An expert that was never chosen has F = 0."""
+    weight = normal(24, 40)
+    found, plain = weighted_svd(weight, torch.zeros(shape), None), weighted_svd(weight)
+    (a, b), (c, d) = found.factors(10), plain.factors(10)
+    assert torch.allclose(a @ b, c @ d) and found.losses()[0] < 1e-20
+
+
+def test_balanced_factors_are_the_same_product_in_a_range_that_half_precision_holds():
+    a, b = normal(24, 6) * 1e9, normal(6, 40) * 1e-9
+    up, down = balanced(a, b)
+    assert torch.allclose(up.norm(dim=0), down.norm(dim=1)) and torch.allclose(up @ down, a @ b)
+    assert torch.allclose(up.half().double() @ down.half().double(), a @ b, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(40, 24, 7), (24, 40, 23), (31, 31, 1)])

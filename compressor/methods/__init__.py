@@ -18,15 +18,16 @@ A transform rewrites the model into one that computes the same and is easier to 
 A structural step puts modules of other shapes in place of linears, before anything is stored (methods/structural.py):
 
     outline(model, names)                              the shapes that its budget implies, on a model without values
-    survey_needs(), survey(…)                          as above
+    sensitivity, survey_needs(), survey(…)             as above, but survey looks at one block at a time
+    decide(looked, shapes, fisher) -> decisions        of the surveys of all blocks
     needs(), reshape(model, calibration, decisions) -> report
-    or rewrite(model, names, run) -> report             of one that runs the model itself
+    or rewrite(model, names, run) -> report            of one that runs the model itself
 
 A method that amends what earlier steps stored (methods/correct.py):
 
     extra_bytes(out_features, in_features)             what it adds to a layer, from its shape
-    survey_needs(), survey(…), decide(…), needs()      as above
-    amend(layers, calibration, packed, decisions) -> ({name: Packed}, report)
+    sensitivity, survey_needs(), survey(…), decide(…)  as of a structural step; survey gets what is packed too
+    needs(), amend(layers, calibration, packed, decisions) -> ({name: Packed}, report)
 
 A method can store and transform: then `fold` sees all windows and returns decisions, and the rest works on the folded
 model.

@@ -20,29 +20,12 @@ from torch import Tensor, nn
 from compressor.calibrate import Calibration
 from compressor.kernels import activations as act
 from compressor.layers import Packed, build, hadamard_of
-from compressor.rank_allocation import share_ranks
+from compressor.rank_allocation import Decisions, check_multiple, share_ranks
 from compressor.sensitivity import Fisher
 from compressor.statistics import Gram, Statistic
-from compressor.weighted_svd import Decomposition, weighted_svd
+from compressor.weighted_svd import Decomposition, balanced, weighted_svd
 
 BITS = 16  # of each weight of a pair
-
-
-@dataclass(frozen=True)
-class Looked:
-    """F and the losses at every rank, of each layer."""
-
-    fisher: dict[str, Tensor]
-    losses: dict[str, Tensor]
-
-    def __or__(self, other: Looked) -> Looked:
-        return Looked(self.fisher | other.fisher, self.losses | other.losses)
-
-
-@dataclass(frozen=True)
-class Decisions:
-    fisher: dict[str, Tensor]
-    ranks: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -58,16 +41,15 @@ class Correct:
     def __post_init__(self) -> None:
         if not 0 < self.bits <= 8:
             raise ValueError(f"bits {self.bits:g} must be above 0 and at most 8; 0.5 is usual")
-        if self.rank_multiple < 1:
-            raise ValueError(f"rank_multiple {self.rank_multiple} must be 1 or more")
+        check_multiple(self.rank_multiple)
 
     def extra_bytes(self, out_features: int, in_features: int) -> int:
         """Of a layer that gets what all get on average."""
         return int(self.bits * out_features * in_features / 8)
 
     def survey_needs(self) -> set[type[Statistic]]:
-        """Gram matrices, of one block at a time: what a rank is worth follows from the spectrum of the error."""
-        return {Gram}
+        """What a rank is worth follows from the spectrum of the error."""
+        return {Gram} if self.allocation == "kl" else set()
 
     def survey(
         self,
@@ -75,19 +57,23 @@ class Correct:
         calibration: Calibration,
         fisher: Fisher | None,
         packed: Mapping[str, Packed],
-    ) -> Looked:
-        """The spectrum of every layer's rounding error, in nats of KL."""
+    ) -> dict[str, Tensor]:
+        """What every rank leaves of each layer's rounding error, in nats of KL."""
         assert fisher is not None
-        f = {name: fisher.weights[name] for name in layers}
-        found = {n: _error_of(m, packed[n], f[n], calibration.value(n, Gram)) for n, m in layers.items()}
-        return Looked(f, {name: one.losses().cpu() / 2 for name, one in found.items()})
+        found = {}
+        for name, layer in layers.items():
+            error = _error_of(layer, packed[name], fisher.weights[name], calibration.value(name, Gram))
+            found[name] = error.losses().cpu() / 2
+        return found
 
-    def decide(self, looked: Looked | None, shapes: Mapping[str, tuple[int, int]]) -> Decisions:
+    def decide(
+        self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], fisher: Fisher | None
+    ) -> Decisions:
         """Ranks of all layers of the step."""
-        assert looked is not None
+        assert fisher is not None
         budget = self.bits / BITS * sum(n * k for n, k in shapes.values())
-        losses = looked.losses if self.allocation == "kl" else None
-        return Decisions(looked.fisher, share_ranks(shapes, losses, budget, self.rank_multiple))
+        weighed = losses if self.allocation == "kl" else None
+        return Decisions(fisher.weights, share_ranks(shapes, weighed, budget, self.rank_multiple))
 
     def needs(self) -> set[type[Statistic]]:
         """The metric of the inputs."""
@@ -106,8 +92,8 @@ class Correct:
         for name, layer in layers.items():
             if not (rank := decisions.ranks[name]):
                 continue
-            found = _error_of(layer, packed[name], decisions.fisher[name], calibration.value(name, Gram))
-            up, down = found.factors(rank)
+            found = _error_of(layer, packed[name], decisions.outputs[name], calibration.value(name, Gram))
+            up, down = balanced(*found.factors(rank))
             if block := hadamard_of(layer):  # E is of the rotated input, the pair's is not rotated
                 down = act.rotate(down, block)
             pair = {"correction_up": up.bfloat16().cpu(), "correction_down": down.bfloat16().cpu()}

@@ -29,32 +29,30 @@ class Structural(Protocol):
 class ByBlock(Structural, Protocol):
     """A structural step that gets the statistics of linears' inputs block by block."""
 
-    whole: bool  # whether `reshape` is called once, for the whole model, instead of block by block
-    sequential: bool  # whether each block is measured on what the changed blocks before it compute
+    sequential: bool  # whether `reshape` gets one site at a time, measured beside the model as it was (paired.py)
+
+    @property
+    def sensitivity(self) -> str:
+        """The Fisher information that decisions need: "error" none, "kl" by output, "kfac" of all pairs of outputs."""
 
     def survey_needs(self) -> set[type[Statistic]]:
         """The statistics for decisions over the whole model, often none."""
 
-    def survey(self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None) -> Any:
-        """Those decisions: anything that `reshape` takes. Not called where `survey_needs` is empty.
+    def survey(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None
+    ) -> dict[str, Any]:
+        """Of each linear of one block, what decisions look at. Not called where `survey_needs` is empty."""
 
-        A method that also has
-
-            decide(looked, shapes) -> decisions       shapes: [N, K] of every linear of the step, by name
-
-        is asked block by block, so that one block's statistics are held; what comes back is joined by `|` and given to
-        it as `looked`, None where nothing was surveyed.
-        """
+    def decide(self, looked: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], fisher: Fisher | None) -> Any:
+        """Anything that `reshape` takes. looked: the surveys of all blocks; shapes: [N, K] of the step's linears."""
 
     def needs(self) -> set[type[Statistic]]:
         """The statistics of every input that `reshape` looks at."""
 
     def reshape(self, model: nn.Module, calibration: Calibration, decisions: Any) -> dict[str, Any]:
-        """Replace modules of `model`, a twin of the original; returns a dict of JSON for the manifest.
+        """Replace the linears of `model`, a twin of the original, that `calibration` has; JSON for the manifest.
 
-        Called block by block with that block's statistics, the block being where it ran; the parts are joined by `|`.
-        Where a method's `paired` is true, it is called site by site (paired.py).
-        A step that changes what a config says (a width, a number of layers) changes `model.config`.
+        Called block by block with that block's statistics, the block being where it ran.
         """
 
 

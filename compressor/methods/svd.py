@@ -7,59 +7,48 @@ gets is rank_allocation.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compressor import rank_allocation
 from compressor.calibrate import Calibration
-from compressor.errors import ModelError
+from compressor.errors import ModelError, RecipeError
 from compressor.layers import hadamard_of
 from compressor.lowrank import LowRankLinear
 from compressor.model import linears
-from compressor.rank_allocation import Layer, Ranks
+from compressor.rank_allocation import Decisions, Layer, check_multiple
 from compressor.sensitivity import Fisher
 from compressor.statistics import ChannelAbsMean, CrossGram, Gram, Statistic
-from compressor.weighted_svd import Decomposition, pivoted, shifted, weighted_svd
+from compressor.weighted_svd import Decomposition, balanced, pivoted, shifted, weighted_svd
 
+TARGETS = ("keep", "parameters", "size_mb", "mflops")
+BF16_BYTES, ORDER_BYTES = 2, 8  # of a weight, and of the int64 place of an output in the pivoted form
 METRICS: dict[str, set[type[Statistic]]] = {
     "plain": set(),
     "asvd": {ChannelAbsMean},
     "fwsvd": set(),
     "inputs": {Gram},
     "fisher": {Gram},
+    "kfac": {Gram},
 }
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a look at the whole model found: the output metric of each layer, and what it loses at every rank."""
-
-    fisher: dict[str, Tensor]
-    losses: dict[str, Tensor]
-
-    def __or__(self, other: Looked) -> Looked:
-        return Looked(self.fisher | other.fisher, self.losses | other.losses)
-
-
-@dataclass(frozen=True)
-class Decisions:
-    fisher: dict[str, Tensor]
-    ranks: Ranks
-
-
-@dataclass(frozen=True)
 class SVD:
-    """`keep` is the share of the targeted linears' weights that remain, `alpha` asvd's."""
+    """What remains of the targeted linears is `keep` of their weights, or so many `parameters`, or `size_mb` (10^6
+    bytes, in bf16), or `mflops` (10^6 a token, two for a weight), all layers of the step together. `alpha` is asvd's.
+    """
 
-    whole: ClassVar[bool] = False
-    sensitivity: ClassVar[str] = "kl"
-
-    keep: float = 0.8
-    metric: Literal["plain", "asvd", "fwsvd", "inputs", "fisher"] = "inputs"
+    keep: float | None = None
+    parameters: int | None = None
+    size_mb: float | None = None
+    mflops: float | None = None
+    metric: Literal["plain", "asvd", "fwsvd", "inputs", "fisher", "kfac"] = "inputs"
     alpha: float = 0.5
     allocation: Literal["uniform", "svd_llm2", "relative", "kl"] = "uniform"
     floor: float = 0.25  # of the uniform rank, that relative and kl leave to every layer
@@ -69,64 +58,96 @@ class SVD:
     damping: float = 0.01  # of sequential, relative to the mean of diag(C)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
+        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(TARGETS)}, what remains of the step's layers")
+        if self.keep is not None and not 0 < self.keep < 1:
             raise ValueError(f"keep {self.keep:g} is not a share of the weights; give a number between 0 and 1")
+        for name, value in given.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value:g}; allowed: more than 0")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor {self.floor:g} is not a share; give a number from 0 to 1")
-        if self.rank_multiple < 1:
-            raise ValueError(f"rank_multiple {self.rank_multiple} must be 1 or more; 16 is usual")
+        check_multiple(self.rank_multiple)
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} must be above 0; 0.01 is usual")
-        if self.sequential and self.metric not in ("inputs", "fisher"):
-            raise ValueError(f"sequential needs metric: inputs or fisher, and metric is '{self.metric}'")
+        if self.sequential and self.metric not in ("inputs", "fisher", "kfac"):
+            raise ValueError(f"sequential needs metric: inputs, fisher or kfac, and metric is '{self.metric}'")
 
     @property
-    def paired(self) -> bool:
-        """Whether `reshape` gets one site at a time, measured beside the model as it was (paired.py)."""
-        return self.sequential
+    def sensitivity(self) -> Literal["error", "kl", "kfac"]:
+        """Whether ranks or the metric depend on what errors cost the model, output by output or in all pairs."""
+        if self.metric == "kfac":
+            return "kfac"
+        return "kl" if self.metric in ("fwsvd", "fisher") or self.allocation == "kl" else "error"
 
     def outline(self, model: nn.Module, names: Collection[str]) -> None:
         """LowRankLinears of the ranks that the budget gives every layer alike."""
         layers = linears(model)
-        shapes = {name: Layer(*layers[name].weight.shape) for name in names}
-        for name, rank in self._uniform(shapes).items():
+        shapes = {name: self._layer(*layers[name].weight.shape) for name in names}
+        ranks = rank_allocation.uniform(shapes, self._budget(shapes), self.form == "pivoted", self.rank_multiple)
+        for name, rank in ranks.items():
             if rank is not None:
                 shape = (shapes[name].out_features, shapes[name].in_features, rank)
-                bias, form = layers[name].bias is not None, self.form == "pivoted"
-                model.set_submodule(name, LowRankLinear.shaped(*shape, bias=bias, pivoted=form))
+                bias = layers[name].bias is not None
+                model.set_submodule(name, LowRankLinear.shaped(*shape, bias=bias, pivoted=self.form == "pivoted"))
 
-    def _uniform(self, layers: Mapping[str, Layer]) -> Ranks:
-        return rank_allocation.uniform(layers, self.keep, self.form == "pivoted", self.rank_multiple)
+    def _layer(self, out_features: int, in_features: int, losses: Tensor | None = None) -> Layer:
+        order = ORDER_BYTES * out_features // BF16_BYTES if self.form == "pivoted" and self.size_mb is not None else 0
+        return Layer(out_features, in_features, losses, order)
+
+    def _budget(self, layers: Mapping[str, Layer]) -> int:
+        """Weights that remain of the step's layers. Raises RecipeError where that is all of them."""
+        dense = sum(layer.dense for layer in layers.values())
+        if self.keep is not None:
+            return int(self.keep * dense)
+        if self.parameters is not None:
+            budget = self.parameters
+        elif self.size_mb is not None:
+            budget = int(self.size_mb * 1e6 / BF16_BYTES)
+        else:
+            assert self.mflops is not None
+            budget = int(self.mflops * 1e6 / 2)
+        if budget >= dense:
+            raise RecipeError(f"svd: the budget is {budget} weights, and these linears have {dense}; give less.")
+        return budget
 
     def survey_needs(self) -> set[type[Statistic]]:
-        """The metric's, where ranks or the metric itself depend on the whole model."""
-        if self.allocation == "uniform":
-            return {ChannelAbsMean} if self.metric in ("fwsvd", "fisher") else set()
-        return METRICS[self.metric] | {Gram}
+        """What each rank costs follows from a Gram matrix."""
+        return set() if self.allocation == "uniform" else {Gram}
 
-    def survey(self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None) -> Looked:
-        """Of one block. Losses are KL in nats for `kl`, else relative to the layer's output."""
+    def survey(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None
+    ) -> dict[str, Tensor]:
+        """What the layers of one block lose at every rank: in nats for `kl`, else the squared error of the output, for
+        `relative` over the squared output."""
+        found: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            outputs = self._outputs(name, fisher) if self.allocation == "kl" else None
+            losses = weighted_svd(layer.weight, outputs, calibration.value(name, Gram)).losses().cpu()
+            if self.allocation == "relative":
+                losses = losses / losses[0].clamp_min(1e-30)
+            found[name] = losses / 2 if self.allocation == "kl" else losses
+        return found
+
+    def _outputs(self, name: str, fisher: Fisher | None) -> Tensor:
         assert fisher is not None
-        losses: dict[str, Tensor] = {}
-        if self.allocation != "uniform":
-            for name, layer in layers.items():
-                outputs = fisher.weights[name] if self.allocation == "kl" else None
-                found = weighted_svd(layer.weight, outputs, calibration.value(name, Gram)).losses().cpu()
-                losses[name] = found / 2 if self.allocation == "kl" else found / found[0].clamp_min(1e-30)
-        return Looked({name: fisher.weights[name] for name in layers}, losses)
+        return (fisher.pairs if self.metric == "kfac" else fisher.weights)[name]
 
-    def decide(self, looked: Looked | None, shapes: Mapping[str, tuple[int, int]]) -> Decisions:
-        """Ranks of all layers of the step. looked: the survey of every block, None where none was needed."""
-        losses = looked.losses if looked else {}
-        layers = {name: Layer(*shape, losses.get(name)) for name, shape in shapes.items()}
-        form, multiple = self.form == "pivoted", self.rank_multiple
+    def decide(
+        self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], fisher: Fisher | None
+    ) -> Decisions:
+        """Ranks of all layers of the step. losses: of every layer, none where no survey was needed."""
+        layers = {name: self._layer(*shape, losses.get(name)) for name, shape in shapes.items()}
+        budget, multiple = self._budget(layers), self.rank_multiple
         if self.allocation == "uniform":
-            ranks = self._uniform(layers)
+            ranks = rank_allocation.uniform(layers, budget, self.form == "pivoted", multiple)
         elif self.allocation == "svd_llm2":
-            ranks = rank_allocation.svd_llm2(layers, self.keep, form, multiple)
+            ranks = rank_allocation.svd_llm2(layers, budget, self.form == "pivoted", multiple)
         else:
-            ranks = rank_allocation.cheapest(layers, self.keep, form, multiple, self.floor)
-        return Decisions(looked.fisher if looked else {}, ranks)
+            ranks = rank_allocation.cheapest(layers, budget, self.form == "pivoted", multiple, self.floor)
+        weighs = self.metric in ("fwsvd", "fisher", "kfac")
+        return Decisions({name: self._outputs(name, fisher) for name in layers if weighs}, ranks)
 
     def needs(self) -> set[type[Statistic]]:
         """What the metric of the inputs is made of."""
@@ -152,8 +173,7 @@ class SVD:
         return report
 
     def _decompose(self, layer: nn.Linear, name: str, calibration: Calibration, decisions: Decisions) -> Decomposition:
-        weight = layer.weight.detach()
-        outputs = decisions.fisher[name] if self.metric in ("fwsvd", "fisher") else None
+        weight, outputs = layer.weight.detach(), decisions.outputs.get(name)
         if self.metric == "asvd":
             return weighted_svd(weight, None, calibration.value(name, ChannelAbsMean).double().pow(2 * self.alpha))
         if self.metric in ("plain", "fwsvd"):
@@ -167,15 +187,16 @@ class SVD:
         """A [N, R], B [R, K] and the layer's bias in the chosen form; float32 that bf16 holds."""
         bias = None if layer.bias is None else layer.bias.detach().double()
         if self.form == "plain":
-            share = a.norm(dim=0).clamp_min(1e-30) / b.norm(dim=1).clamp_min(1e-30)
-            balanced = share.sqrt()  # both factors of one size, for what rounds them later
-            return LowRankLinear(_linear(b * balanced[:, None], None), _linear(a / balanced, bias))
+            a, b = balanced(a, b)
+            return LowRankLinear(_linear(b, None), _linear(a, bias))
         down, up, order = pivoted(a, b)
         if bias is None:
             return LowRankLinear(_linear(down, None), _linear(up, None), order)
         places = order.argsort()  # of the outputs in (z, up(z))
-        first, rest = bias[places[: len(down)]], bias[places[len(down) :]]
-        return LowRankLinear(_linear(down, first), _linear(up, rest - up @ first), order)
+        first, rest = bias[places[: len(down)]].float(), bias[places[len(down) :]]
+        made = LowRankLinear(_linear(down, first), _linear(up, rest), order)
+        made.up.bias = nn.Parameter((rest - made.up.weight.double() @ first.double()).float(), False)  # z has `first`
+        return made
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
