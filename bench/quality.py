@@ -1,6 +1,6 @@
 """Quality of the shipped recipes and of their parts on the demo model: perplexity, KL and top-1 by one protocol.
 
-    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 fp8]
+    .venv/bin/python bench/quality.py --data wikitext2/valid.txt --text wikitext2/test.txt [--rows w4a4 "20% of*"]
 
 Prints the tables of README and docs and appends one JSON line per row to bench/results/quality.jsonl. A row with a
 reference also gets the paired 95 % bootstrap interval of its KL minus the reference's: below zero, it is better. Where
@@ -12,6 +12,7 @@ Perplexity is over --windows windows, KL and top-1 over the first 16.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import subprocess
@@ -168,6 +169,16 @@ for share in (0.2, 0.3, 0.5):
     for score, allocation in (("out_energy", "cfsp"), ("obs", "uniform")):
         name = f"{share:.0%} of the channels, {score}, {allocation}, least squares"
         ROWS[name] = ("cfsp-20", pruned(share, score, allocation, "least_squares"), best)
+for share in (0.25, 0.5):  # of a mixture: --model FOLDER
+    best = f"{share:.0%} of the experts, reap"
+    ROWS[best] = ("cfsp-20", [f"steps=[{{experts: {{prune: {share}, score: reap}}}}]"], None)
+    ROWS[f"{share:.0%} of the experts, activation"] = (
+        "cfsp-20",
+        [f"steps=[{{experts: {{prune: {share}, score: activation}}}}]"],
+        best,
+    )
+    narrower = pruned(share, "obs", "uniform", "least_squares")
+    ROWS[f"{share:.0%} of every expert's channels"] = ("cfsp-20", narrower, best)
 ROWS["cfsp-30-w4a4"] = ("cfsp-30-w4a4", [], "w4a4")
 ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfsp, least squares")
 ROWS["depth-10"] = ("depth-10", [], None)
@@ -204,15 +215,19 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help="names or patterns of them [all]")
     arguments = parser.parse_args()
+    for pattern in arguments.rows:
+        if not fnmatch.filter(ROWS, pattern):
+            parser.error(f"no row is called '{pattern}'; rows are:\n  " + "\n  ".join(ROWS))
+    rows = dict.fromkeys(name for pattern in arguments.rows for name in fnmatch.filter(ROWS, pattern))
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     original = load_model(arguments.model, arguments.device)
     test = windows(original.tokenizer, text_of(arguments.text)[0], arguments.windows, 512)
     print("| row | bits a weight | perplexity | KL | top-1 | KL minus the reference's |\n|---|---|---|---|---|---|")
     base = cache(torch_runner(original.model), arguments.windows)
     kls: dict[str, Tensor] = {}
-    for name in arguments.rows:
+    for name in rows:
         start = time.monotonic()
         recipe_name, overrides, _ = ROWS[name]
         recipe = Recipe.load(recipe_name, [*overrides, f"calibration.windows={arguments.calibration_windows}"])
@@ -223,6 +238,7 @@ def main() -> None:
         line = {
             "commit": git.stdout.strip(),
             "row": name,
+            **({"model": Path(arguments.model).name} if arguments.model else {}),
             "calibration_windows": arguments.calibration_windows,
             "windows": arguments.windows,
             "device": arguments.device,

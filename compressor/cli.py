@@ -41,6 +41,9 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+Text = typer.Option(metavar="TEXT", help="A text, .jsonl or .parquet file, or hub dataset.")
+WindowCount = Annotated[int, typer.Option("--windows", metavar="N", min=1, help="Windows of text.")]
+WindowLength = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in a window.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Messages of the libraries, tracebacks of errors.")]
 
 
@@ -248,12 +251,12 @@ def ops_command(
 @app.command("eval")
 def eval_command(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that compress wrote, or any model.")],
-    text: Annotated[str, typer.Option(metavar="TEXT", help="A text, .jsonl or .parquet file, or hub dataset.")],
+    text: Annotated[str, Text],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original, for KL and top-1 agreement.")
     ] = None,
-    windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text.")] = 64,
-    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 512,
+    windows: WindowCount = 64,
+    length: WindowLength = 512,
     runtime: Annotated[Literal["torch", "onnx"], typer.Option(help="What runs the folder.")] = "torch",
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -275,11 +278,9 @@ def eval_command(
 @app.command("probe")
 def probe_command(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Any model; it is only read.")],
-    data: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A text, .jsonl or .parquet file, or hub dataset.")
-    ] = None,
-    windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text.")] = 16,
-    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a window.")] = 512,
+    data: Annotated[str | None, Text] = None,
+    windows: WindowCount = 16,
+    length: WindowLength = 512,
     error: Annotated[float, typer.Option(metavar="E", help="Share of a layer's output that may be lost.")] = 0.05,
     as_json: AsJson = False,
     verbose: Verbose = False,

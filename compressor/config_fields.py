@@ -28,7 +28,7 @@ def say(model: nn.Module, names: Collection[str], **fields: Any) -> bool:
     try:
         for name, value in fields.items():
             setattr(config, name, value)
-        stock = _stock(model, config)
+        stock = stock_of(model, config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError):  # a width that this field does not allow
         return False
     if set(between(stock, model)) & set(names):
@@ -38,7 +38,8 @@ def say(model: nn.Module, names: Collection[str], **fields: Any) -> bool:
     return True
 
 
-def _stock(model: nn.Module, config: Any) -> nn.Module:
+def stock_of(model: nn.Module, config: Any) -> nn.Module:
+    """What `config` describes, of the class of `model`, without values."""
     from accelerate import init_empty_weights
 
     from compressor.model import linearize

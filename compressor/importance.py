@@ -50,7 +50,7 @@ def unit_energies(weight: Tensor, gram: Tensor, columns: Tensor, units: int) -> 
     """[units] mean square of each unit's own term in y = W a: weight [N, K], gram [K, K], columns [K] their unit."""
     energies = []
     for unit in range(units):
-        own = (columns == unit).nonzero()[:, 0].to(weight.device)
+        own = (columns == unit).nonzero()[:, 0]  # indices on the CPU suit tensors of any device
         part = weight[:, own].double()
         energies.append(((part @ gram[own][:, own].to(part)) * part).sum())
     return torch.stack(energies).cpu()

@@ -130,8 +130,8 @@ def unaccounted(model: nn.Module, accounted: Collection[str]) -> list[tuple[str,
     return [(name, tuple(p.shape)) for name, p in model.named_parameters() if name not in decided]
 
 
-def _routers(model: nn.Module) -> set[str]:
-    """Weights that score experts.
+def experts_of(model: nn.Module) -> list[tuple[str, str, list[str]]]:
+    """Of each layer of experts: the name of the module that holds them, that of their container, and their routers.
 
     A module holds E experts when a child is a ModuleList of E modules with linears, or owns parameters [E, ., .]. Of
     what else that module holds, 2-D weights with E rows, or with one (a shared expert's gate), are routers.
@@ -139,17 +139,25 @@ def _routers(model: nn.Module) -> set[str]:
     inside: dict[str, nn.Module] = {}
     for block, owner in blocks(model):
         inside |= {f"{block}.{name}": module for name, module in owner.named_modules() if name}
-    found: set[str] = set()
+    found = []
     for name, child in inside.items():
         if not (count := _experts(child)):
             continue
         parent_name = name.rpartition(".")[0]
-        parent = model.get_submodule(parent_name)
-        for rest, p in parent.named_parameters():
-            full = f"{parent_name}.{rest}"
-            if p.dim() == 2 and not full.startswith(f"{name}.") and p.shape[0] in (count, 1):
-                found.add(full)
+        routers = [
+            full
+            for rest, p in model.get_submodule(parent_name).named_parameters()
+            if not (full := f"{parent_name}.{rest}").startswith(f"{name}.")
+            and p.dim() == 2
+            and p.shape[0] in (count, 1)
+        ]
+        found.append((parent_name, name, routers))
     return found
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Weights that score experts."""
+    return {router for _, _, routers in experts_of(model) for router in routers}
 
 
 def _experts(module: nn.Module) -> int:

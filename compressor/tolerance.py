@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor import data as text
 from compressor.calibrate import Calibration, calibrate_blocks
-from compressor.importance import unit_energies
+from compressor.importance import ROUNDS, unit_energies
 from compressor.model import blocks, load_model
 from compressor.progress import Progress, Silent
 from compressor.prunable import Prunable, find_prunable
@@ -67,6 +67,6 @@ def _share(model: nn.Module, what: Prunable, gram: Tensor, error: float) -> floa
     whole = ((weight @ gram) * weight).sum().item()
     if what.kind == "heads":
         return unit_energies(weight, gram, what.columns, what.units).min().item() / max(whole, 1e-30)
-    _, costs = eliminate(weight, gram, at_once=max(1, what.units // 96))
+    _, costs = eliminate(weight, gram, at_once=max(1, what.units // ROUNDS))
     return ((costs <= error * whole).sum().item() - 1) / what.units
 

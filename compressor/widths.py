@@ -47,7 +47,7 @@ def keep_ratios(omega: Tensor, pruned: float, kappa: float = KAPPA, floor: float
     if keep * y.max() >= mean and high > 0:
         shrink = min(shrink, mean.item() * (1 / keep - 1) / (high * ROOM))
     if keep * y.min() < floor * mean and low > 0:
-        shrink = min(shrink, mean.item() * (1 - floor / keep) / low)
+        shrink = min(shrink, mean.item() * max(0.0, 1 - floor / keep) / low)
     return (keep * (mean + shrink * (y - mean)) / mean).clamp(max=1.0)
 
 

@@ -135,7 +135,12 @@ def structure_from(config: Mapping[str, Any]) -> Structure:
 
 
 def decompressed(folder: Path, artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
-    """(module name, weight) as compressed-tensors' own decompressor gives them for this folder, at full precision."""
+    """(module name, weight) as compressed-tensors' own decompressor gives them for this folder, at full precision.
+
+    None of a model that nothing packed (pruned in bf16): its config is a plain one.
+    """
+    if not artifact.packed:
+        return
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 

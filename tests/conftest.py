@@ -45,6 +45,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", COMMON | {"intermediate_size": 96}),
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# More mixtures of experts, for the tests that ask for them.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", HEADED | ROUTED | {"norm_topk_prob": True}),
+}
 PROSE = (
     "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said "
     "before, and where it does not, somebody should be told. Numbers such as 3.14, 42 and 2048 occur; so do names.\n"
@@ -61,7 +66,7 @@ def make(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A fp32 model in eval mode with weights drawn from `seed`; biases and norms are not left at 0 and 1."""
     import transformers
 
-    name, arguments = CONFIGS[family]
+    name, arguments = (CONFIGS | MIXTURES)[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = getattr(transformers, name)(**(arguments | changes))
@@ -127,6 +132,14 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def prose() -> str:
     """Text enough for a few windows of the tiny models."""
     return PROSE
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of the same text, several times over: calibration text of a pipeline's test."""
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE * 6)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor import Recipe, compress, load
-from compressor.errors import RecipeError
+from compressor.errors import ModelError, RecipeError
 from compressor.methods.depth import leave_out
 from compressor.model import blocks, twin
 from compressor.plan import plan_of
+from compressor.verify_runtimes import check_torch, check_transformers
 
 IDS = torch.arange(4, 24)[None]
 RECIPE = {"exports": ["safetensors"], "calibration": {"windows": 2, "length": 24}, "steps": [{"depth": {"drop": 0.25}}]}
@@ -27,13 +28,6 @@ def identity(model, number):
         layer.mlp.down_proj.weight.zero_()
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer, text, tmp_path):
     model = tiny("llama", num_hidden_layers=4)
     identity(model, 2)
@@ -47,6 +41,11 @@ def test_a_block_that_does_nothing_goes_and_nothing_changes(tiny, tiny_tokenizer
     torch.testing.assert_close(logits(artifact.model()), logits(model), atol=1e-4, rtol=1e-4)
     assert all(t.dtype == torch.bfloat16 for n, t in artifact.kept.items() if n.endswith("proj.weight"))
     artifact.save(tmp_path / "out")
+    check_torch(tmp_path / "out", tmp_path)  # leaves what the next one compares with
+    assert {row.check: row.status for row in check_transformers(tmp_path / "out", tmp_path)} == {
+        "tokenizer": "ok",
+        "logits in bf16": "ok",
+    }
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     torch.testing.assert_close(logits(stock, use_cache=True), logits(load(tmp_path / "out").model()), atol=0.05, rtol=0)
 
@@ -62,6 +61,13 @@ def test_what_is_left_is_numbered_anew(tiny):
     model.generation_config.max_new_tokens = 4
     cached = model.generate(IDS, do_sample=False, use_cache=True)
     assert torch.equal(cached, model.generate(IDS, do_sample=False, use_cache=False))
+
+
+def test_a_config_that_cannot_say_what_is_left_is_refused(tiny, tiny_tokenizer, text):
+    model = tiny("mistral", num_hidden_layers=4)
+    model.model.layers[3].self_attn.sliding_window = 8  # where no config has it
+    with pytest.raises(ModelError, match=r"cannot say which blocks are left \(self_attn.sliding_window is"):
+        compress(model, Recipe.from_dict(RECIPE), tokenizer=tiny_tokenizer, data=text, measure=False)
 
 
 def test_the_original_keeps_its_numbers(tiny):

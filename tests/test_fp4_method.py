@@ -249,13 +249,6 @@ def test_options_that_do_not_fit_are_one_sentence(options, message):
         FP4(**options)
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def run(model, tokenizer, text, exports=("safetensors",), **options):
     recipe = {"calibration": {"windows": 8, "length": 32, "data": str(text)}, "runtime": "compressor"}
     steps = [{"fp4": options}]

@@ -315,13 +315,6 @@ def run(model, tokenizer, text, exports=("safetensors",), **options):
 
 
 @pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
-@pytest.fixture
 def prose_ids(tiny_tokenizer, prose):
     """Tokens like those of calibration: static ranges promise nothing for others, and random ids are others."""
     return torch.tensor(tiny_tokenizer(prose)["input_ids"][: 4 * 32]).view(4, 32)

@@ -15,13 +15,6 @@ def recipe(name="w4a4", *overrides):
     return Recipe.load(name, ["calibration.windows=3", "calibration.length=24", *overrides])
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def logits(model, ids):
     with torch.inference_mode():
         output = model(input_ids=ids)

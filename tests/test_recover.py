@@ -12,7 +12,6 @@ from compressor.methods.recover import _Checkpoint
 from compressor.model import linears
 from compressor.pipeline import QUALITY_WINDOWS
 
-IDS = torch.arange(4, 40)[None]
 # "cpu:0" is another device than the model's "cpu" to us: what runs there is a copy, as on any device.
 DEVICES = ["cpu", "cpu:0", *(["cuda"] if torch.cuda.is_available() else [])]
 TRAIN = {"windows": 12, "batch": 2, "epochs": 2, "rank": 4, "lr": 3e-3}
@@ -25,13 +24,6 @@ def recipe(train):
             "steps": [{"cfsp": {"prune": 0.5}}, {"recover": train}],
         }
     )
-
-
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
 
 
 @pytest.fixture
@@ -104,6 +96,20 @@ def test_quality_is_measured_on_text_that_nothing_trained_on(tiny, tiny_tokenize
     compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text)
     every = windows(tiny_tokenizer, text.read_text(), 5 + QUALITY_WINDOWS, 24)
     assert seen and all(torch.equal(ids, every[5:]) for ids in seen)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch": 0}, "batch 0 must be 1 or more"),
+        ({"rank": 3}, "rank 3 must be an even number"),
+        ({"lr": 0.0}, "lr 0 must be above 0"),
+        ({"warmup": 1.0}, "warmup 1 is not a share of the steps"),
+    ],
+)
+def test_options_that_train_nothing_are_refused(option, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(option)
 
 
 def test_without_peft_it_says_what_to_install(tiny, tiny_tokenizer, text, monkeypatch):

@@ -390,13 +390,6 @@ def test_outlier_tune_keeps_a_scale_a_token(tiny):
     assert method.apply(linears(changed)[name], plans[name]).attributes["hadamard"] == 32
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def make_recipe(text, *steps: dict[str, Any], **settings: Any) -> Recipe:
     calibration = {"windows": 4, "length": 32, "data": str(text)}
     return Recipe.from_dict({"calibration": calibration, "exports": ["safetensors"], **settings, "steps": list(steps)})

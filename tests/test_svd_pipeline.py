@@ -26,13 +26,6 @@ def recipe(*steps, **more):
     return Recipe.from_dict({"calibration": {"windows": 3, "length": 24}, "steps": list(steps), **more})
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def logits(model):
     with torch.inference_mode():
         out = model(input_ids=IDS)

@@ -33,13 +33,6 @@ def out(model):
     return found.logits if hasattr(found, "logits") else found.last_hidden_state
 
 
-@pytest.fixture
-def text(tmp_path, prose):
-    path = tmp_path / "text.txt"
-    path.write_text(prose * 6)
-    return path
-
-
 def test_low_rank_in_four_bits_loads(registered, tiny, tiny_tokenizer, text, tmp_path):
     steps = [{"svd": {"keep": 0.8}}, {"quantize": {"weights": "nvfp4", "activations": "nvfp4"}}]
     folder = written(tiny("llama"), steps, tiny_tokenizer, text, tmp_path / "out")

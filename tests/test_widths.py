@@ -41,6 +41,10 @@ def test_largest_remainder_is_within_one_of_every_quota():
     assert apportion([2.5, 3.4, 1.1], [12] * 3, 7) == [3, 3, 1]
 
 
+def test_a_floor_above_the_mean_leaves_all_equal():
+    assert keep_ratios(OMEGA, 0.9, floor=0.2).tolist() == pytest.approx([0.1] * len(OMEGA))
+
+
 def test_no_room_is_said():
     with pytest.raises(ValueError, match="allowed are 2 to 8"):
         apportion([1, 1], [4, 4], 9)

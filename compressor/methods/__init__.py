@@ -38,6 +38,7 @@ Adding a method is one file, its test and one line here.
 from compressor.methods.cfsp import CFSP
 from compressor.methods.correct import Correct
 from compressor.methods.depth import Depth
+from compressor.methods.experts import Experts
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
@@ -58,5 +59,6 @@ METHODS = {
     "svd": SVD,
     "cfsp": CFSP,
     "depth": Depth,
+    "experts": Experts,
     "recover": Recover,
 }

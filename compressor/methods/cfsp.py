@@ -54,6 +54,11 @@ class CFSP:
             raise ValueError(f"prune {self.prune:g} is not a share of the channels; give a number from 0 to below 1")
         if self.align is not None and self.align < 1:
             raise ValueError(f"align {self.align} must be 1 or more; 128 is usual")
+        if self.score == "obs" and self.allocation == "global":
+            raise ValueError(
+                "allocation global compares scores between layers, and obs only ranks the channels of one; use "
+                "allocation: cfsp or uniform"
+            )
         if self.heads < 0:
             raise ValueError(f"heads {self.heads} must be 0 or more key-value heads of a block")
 
@@ -104,7 +109,7 @@ class CFSP:
 
     def _found(self, model: nn.Module, names: Collection[str]) -> tuple[list[Prunable], list[Prunable]]:
         """Feed-forward layers and heads among the targets. Raises ModelError and RecipeError for what cannot be."""
-        every = [what for what in find_prunable(model) if set(what.readers) <= set(names)]
+        every = [what for what in find_prunable(model) if {*what.readers, *what.rows} <= set(names)]
         ffns = [what for what in every if what.kind == "ffn"]
         heads = [what for what in every if what.kind == "heads"] if self.heads else []
         if self.prune and not ffns:
@@ -124,11 +129,17 @@ class CFSP:
             )
         return ffns, heads
 
+    def _step(self, ffns: Sequence[Prunable]) -> int:
+        """Widths are multiples of it."""
+        try:
+            return alignment([what.units for what in ffns], self.align)
+        except ValueError as error:
+            raise RecipeError(f"cfsp: {error}.") from None
+
     def _widths(self, ffns: Sequence[Prunable], ratios: Sequence[float]) -> list[int]:
         """Channels that each layer keeps, in all (1 − prune) of them to the nearest multiple of the alignment."""
-        units = [what.units for what in ffns]
+        units, step = [what.units for what in ffns], self._step(ffns)
         try:
-            step = alignment(units, self.align)
             total = round(sum(units) * (1 - self.prune) / step)
             quotas = [n * r / step for n, r in zip(units, ratios, strict=True)]
             return [n * step for n in apportion(quotas, [n // step for n in units], total)]
@@ -142,7 +153,7 @@ class CFSP:
         ratios = [1 - self.prune] * len(ffns)
         if self.allocation == "cfsp":
             used = list(dict.fromkeys(block_of))
-            least = 1 / min(what.units // alignment([what.units], self.align) for what in ffns)
+            least = self._step(ffns) / min(what.units for what in ffns)
             found = keep_ratios(torch.tensor([omega[b] for b in used]), self.prune, KAPPA * self.a, least)
             by_block = dict(zip(used, found.tolist(), strict=True))
             ratios = [by_block[b] for b in block_of]

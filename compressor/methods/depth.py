@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from compressor.calibrate import calibrate_blocks
-from compressor.errors import RecipeError
+from compressor.config_fields import stock_of
+from compressor.errors import ModelError, RecipeError
 from compressor.model import blocks, linears
 from compressor.prunable import to_bf16
 from compressor.run import Run
@@ -45,6 +46,7 @@ class Depth:
         gone = inner[: self._number(len(order))]
         leave_out(model, [order.index(name) for name in gone])
         if gone:
+            _check_config(model)
             to_bf16(model, [name for name in linears(model) if name in names])
         return {"turned": {n: round(a, 4) for n, a in turned.items()}, "left_out": sorted(gone, key=order.index)}
 
@@ -82,3 +84,32 @@ def leave_out(model: nn.Module, gone: Collection[int]) -> None:
         if isinstance(value, (list, tuple)) and len(value) == len(named):
             setattr(config, name, type(value)(value[i] for i in stay))
     config.num_hidden_layers = len(stay)
+
+
+def _check_config(model: nn.Module) -> None:
+    """Raise ModelError where blocks of the model's config would differ from its own, in a window of attention, say.
+
+    What is the same in all blocks is no matter of which of them are left.
+    """
+    ours, theirs = _told(model), _told(stock_of(model, model.config))
+    for key in sorted(set().union(*ours, *theirs)):
+        mine, stock = ([block.get(key) for block in told] for told in (ours, theirs))
+        if mine != stock and (len(set(mine)) > 1 or len(set(stock)) > 1):
+            raise ModelError(
+                f"{type(model).__name__}: its config cannot say which blocks are left ({key} is {mine}, and {stock} in "
+                f"a model of that config); drop the step depth."
+            )
+
+
+def _told(model: nn.Module) -> list[dict[str, Any]]:
+    """Per block, the plain values that its modules hold, by name."""
+    return [
+        {
+            f"{name}.{attribute}".lstrip("."): value
+            for name, module in block.named_modules()
+            if not isinstance(module, nn.Linear)
+            for attribute, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str, type(None)))
+        }
+        for _, block in blocks(model)
+    ]

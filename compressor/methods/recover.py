@@ -36,6 +36,7 @@ FEW = 8  # windows that tell how much blocks turn the stream
 class Recover:
     """`rank` is the mean over blocks; `windows` of the calibration text are trained on, `batch` a step, `epochs` times.
 
+    warmup: the share of the steps in which the learning rate rises to `lr`; then it falls to zero.
     checkpoint: a file, written every `save_every` steps, from which the same step of the same recipe goes on.
     """
 
@@ -55,6 +56,10 @@ class Recover:
                 raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
         if self.rank < 2 or self.rank % 2:
             raise ValueError(f"rank {self.rank} must be an even number of 2 or more; 8 is usual")
+        if not self.lr > 0:
+            raise ValueError(f"lr {self.lr:g} must be above 0; 1e-4 is usual")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup {self.warmup:g} is not a share of the steps; give a number from 0 to below 1")
 
     def outline(self, model: nn.Module, names: Collection[str]) -> None:
         """No shape changes."""
@@ -211,7 +216,8 @@ class _Checkpoint:
 
 def _sample(weight: Tensor) -> Tensor:
     """[64] of its values, in units of their RMS."""
-    values = weight.detach().flatten()[torch.linspace(0, weight.numel() - 1, 64).long()].float().cpu()
+    places = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()  # float32 ends at 2²⁴
+    values = weight.detach().flatten()[places].float().cpu()
     return values / values.square().mean().sqrt().clamp_min(1e-30)
 
 
