@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Statistic(ABC):
     """`x` is [T, K] of any float dtype and device; the state lives on the CPU unless a subclass says otherwise."""
 
     tokens: int = 0  # T seen so far
+    mean: ClassVar[bool] = False  # whether the value is a mean over tokens, of which a mixture means something
 
     @classmethod
     @abstractmethod
@@ -54,6 +55,7 @@ class Gram(Statistic):
     """
 
     PARTS = 4
+    mean = True
 
     def __init__(self, features: int):
         self.features = features
@@ -87,6 +89,8 @@ class Gram(Statistic):
 
 class CrossGram(Statistic):
     """Mean of x₀ xᵀ, [K, K], x an input and x₀ what it was before the layers in front of it were changed."""
+
+    mean = True
 
     def __init__(self, features: int):
         self.features = features
@@ -124,6 +128,8 @@ class BlockNoise(Statistic):
 
     What 4-bit activations cost, before any weight is looked at. Zeros fill the last block where 16 does not divide K.
     """
+
+    mean = True
 
     def __init__(self, features: int):
         self.total = torch.zeros(features, dtype=torch.float64)
@@ -175,6 +181,8 @@ class AbsMax(Statistic):
 
 class ChannelMean(Statistic):
     """Mean of x per channel, [K]."""
+
+    mean = True
 
     def __init__(self, features: int):
         self.total = torch.zeros(features, dtype=torch.float64)

@@ -45,6 +45,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", COMMON | {"intermediate_size": 96}),
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+# The same of experts; families of one router behave alike and are not repeated in tests of everything.
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = COMMON | {
+    "intermediate_size": 96, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("Qwen2MoeConfig", GROUPED | ROUTED | {"shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3MoeConfig", HEADED | ROUTED | {"norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy", "num_key_value_heads": 4}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"num_key_value_heads": 4}),
+    "gpt_oss": ("GptOssConfig", HEADED | LOCAL),
+    "granitemoe": ("GraniteMoeConfig", GROUPED | LOCAL),
+}
 PROSE = (
     "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said "
     "before, and where it does not, somebody should be told. Numbers such as 3.14, 42 and 2048 occur; so do names.\n"
@@ -61,7 +78,7 @@ def make(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A fp32 model in eval mode with weights drawn from `seed`; biases and norms are not left at 0 and 1."""
     import transformers
 
-    name, arguments = CONFIGS[family]
+    name, arguments = (CONFIGS | MIXTURES)[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = getattr(transformers, name)(**(arguments | changes))
