@@ -62,8 +62,8 @@ class Calibration:
     def value(self, name: str, statistic: type[Statistic]) -> Tensor:
         """The statistic of the input of linear `name`.
 
-        An expert that saw n tokens, fewer than its K features, counts n / K and all experts of its layer together the
-        rest: its own Gram matrix would not have full rank, and one that no token chose has nothing else.
+        An expert that no token chose has that of all experts of its layer together. Of a Gram matrix, one that saw n
+        tokens, fewer than its K features, has n / K of its own, which is not of full rank, and the rest of theirs.
         Raises KeyError for a linear or statistic that was not asked for, NumericsError when no expert was chosen.
         """
         site = self._site_of[name]
@@ -74,7 +74,7 @@ class Calibration:
         siblings = [s for s in self._statistics if _pattern(s.names[0]) == _pattern(site.names[0])]
         if own is None:
             return self._merged(siblings, site, statistic)
-        if len(siblings) == 1 or not statistic.mean:
+        if len(siblings) == 1 or not statistic.singular:
             return own.value()
         return own.value().mul_(share).add_(self._merged(siblings, site, statistic), alpha=1 - share)
 
@@ -251,10 +251,12 @@ class _Gathering:
         mixed: list[tuple[str, Tensor]] = []
 
         def arrive(name: str):
-            return lambda _, args: mixed.append((name, args[0]))
+            return lambda _, args, kwargs: mixed.append((name, args[0] if args else next(iter(kwargs.values()))))
 
         handles = [m.register_forward_pre_hook(hook(name)) for name, m in self.chosen.items()]
-        handles += [view.module.register_forward_pre_hook(arrive(name)) for name, view in self.views.items()]
+        handles += [
+            view.module.register_forward_pre_hook(arrive(name), with_kwargs=True) for name, view in self.views.items()
+        ]
         try:
             yield
         finally:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from compressor.errors import ModelError
 from compressor.experts import Clamped, Gated
 from compressor.layers import QuantLinear
-from compressor.parts import experts_of
+from compressor.parts import blocks, experts_of
 
+KINDS = (nn.Linear, QuantLinear)
 SAME = 1e-4  # relative; float32 products that are the same in exact arithmetic
 
 
@@ -125,16 +126,22 @@ class MoEView:
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
-        """x [T, H], the layer's input -> what each expert's output is multiplied by, [T, E]; 0 where not chosen."""
-        found = []
-        for start in range(0, len(self), x.shape[1]):
-            numbers = range(start, min(start + x.shape[1], len(self)))
-            replies = {self.experts[e]: _unit(e - start if e in numbers else None) for e in range(len(self))}
-            replies |= {self._module(name): _nothing(self._module(name)) for name in self.shared()}
-            with _replying(replies):
-                y = self.module(x.unsqueeze(0))
-            found.append((y if isinstance(y, Tensor) else y[0]).reshape(x.shape)[:, : len(numbers)])
-        return torch.cat(found, dim=1)
+        """x [T, H], the layer's input -> what each expert's output is multiplied by, [T, E]; 0 where not chosen.
+
+        Raises ModelError for a layer whose output holds more than what its experts and its other linears give.
+        """
+        if self._heard(x[:1], range(0)).any():
+            raise ModelError(f"{self.name}: it adds something else to its experts' outputs; it is not supported.")
+        parts = [range(start, min(start + x.shape[1], len(self))) for start in range(0, len(self), x.shape[1])]
+        return torch.cat([self._heard(x, numbers)[:, : len(numbers)] for numbers in parts], dim=1)
+
+    def _heard(self, x: Tensor, numbers: range) -> Tensor:
+        """The layer's output when the experts of `numbers` answer with unit vectors and all else with zeros."""
+        replies = {self.experts[e]: _unit(e - numbers.start if e in numbers else None) for e in range(len(self))}
+        replies |= {self._module(name): _nothing(self._module(name)) for name in self.shared()}
+        with _replying(replies):
+            y = self.module(x.unsqueeze(0))
+        return (y if isinstance(y, Tensor) else y[0]).reshape(x.shape)
 
     @torch.no_grad()
     def scores(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -166,11 +173,15 @@ class MoEView:
 
 
 def mixtures(model: nn.Module, prefix: str = "") -> dict[str, MoEView]:
-    """The layers of experts of the model by name, those under `prefix`, in order."""
+    """The layers of experts of the model by name, those under `prefix`, in order; a layer is a part of a block."""
+    whole = {name for name, _ in blocks(model, KINDS)}
     found = {}
-    for name, container, routers in experts_of(model, (nn.Linear, QuantLinear)):
-        own = [r for r in routers if model.get_parameter(r).shape[0] == len(model.get_submodule(container))]  # type: ignore[arg-type]
-        if own and isinstance(model.get_submodule(container), nn.ModuleList) and container.startswith(prefix):
+    for name, container, routers in experts_of(model, KINDS):
+        count = len(model.get_submodule(container)._modules)
+        own = [r for r in routers if model.get_parameter(r).shape[0] == count]
+        if not own or name in whole or not container.startswith(prefix):
+            continue
+        if isinstance(model.get_submodule(container), nn.ModuleList):
             found[name] = MoEView(model, name, container, own[0])
     return found
 
@@ -179,22 +190,28 @@ class ExpertUse:
     """How a layer's experts are used, by expert: merged like a Statistic, but of a whole layer.
 
     counts int64 [E], scores Σ of the router's score where chosen, squares Σ of the squared weight, float64 [E]
+    unknown: why they say nothing, of a layer that the view does not understand; else empty
     """
 
     def __init__(self, view: MoEView):
         self.view, experts = view, len(view)
-        self.tokens = 0
+        self.tokens, self.unknown = 0, ""
         self.counts = torch.zeros(experts, dtype=torch.int64)
         self.scores = torch.zeros(experts, dtype=torch.float64)
         self.squares = torch.zeros(experts, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """x [T, H]: the layer's input."""
-        weights = self.view.weights(x)
+        try:
+            weights = self.view.weights(x)
+            scores = self.view.scores(x, weights)
+        except ModelError as error:
+            self.unknown = str(error)
+            return
         chosen = weights != 0
         self.tokens += len(x)
         self.counts += chosen.sum(0).cpu()
-        self.scores += (self.view.scores(x, weights) * chosen).sum(0, dtype=torch.float64).cpu()
+        self.scores += (scores * chosen).sum(0, dtype=torch.float64).cpu()
         self.squares += weights.square().sum(0, dtype=torch.float64).cpu()
 
     def merge(self, other: ExpertUse) -> None:

@@ -23,7 +23,7 @@ class Statistic(ABC):
     """`x` is [T, K] of any float dtype and device; the state lives on the CPU unless a subclass says otherwise."""
 
     tokens: int = 0  # T seen so far
-    mean: ClassVar[bool] = False  # whether the value is a mean over tokens, of which a mixture means something
+    singular: ClassVar[bool] = False  # whether the value is a matrix that fewer tokens than K leave without full rank
 
     @classmethod
     @abstractmethod
@@ -55,7 +55,7 @@ class Gram(Statistic):
     """
 
     PARTS = 4
-    mean = True
+    singular = True
 
     def __init__(self, features: int):
         self.features = features
@@ -89,8 +89,6 @@ class Gram(Statistic):
 
 class CrossGram(Statistic):
     """Mean of x₀ xᵀ, [K, K], x an input and x₀ what it was before the layers in front of it were changed."""
-
-    mean = True
 
     def __init__(self, features: int):
         self.features = features
@@ -128,8 +126,6 @@ class BlockNoise(Statistic):
 
     What 4-bit activations cost, before any weight is looked at. Zeros fill the last block where 16 does not divide K.
     """
-
-    mean = True
 
     def __init__(self, features: int):
         self.total = torch.zeros(features, dtype=torch.float64)
@@ -181,8 +177,6 @@ class AbsMax(Statistic):
 
 class ChannelMean(Statistic):
     """Mean of x per channel, [K]."""
-
-    mean = True
 
     def __init__(self, features: int):
         self.total = torch.zeros(features, dtype=torch.float64)

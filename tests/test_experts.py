@@ -146,7 +146,7 @@ def test_experts_of_few_tokens_lean_on_the_others(mixture):
     share = counts[few] / 64
     torch.testing.assert_close(found.value(inside[few], Gram), share * own[Gram].value() + (1 - share) * together)
     assert torch.linalg.matrix_rank(own[Gram].value()) < torch.linalg.matrix_rank(found.value(inside[few], Gram))
-    assert found.value(inside[few], AbsMax) == own[AbsMax].value(), "no mixture of what is not a mean"
+    assert found.value(inside[few], AbsMax) == own[AbsMax].value(), "only matrices are mixed"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -200,3 +200,20 @@ def test_experts_that_compute_something_else_are_refused():
 
 def linears_of(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+def test_a_layer_that_is_not_understood_is_calibrated_all_the_same(tiny):
+    model = as_loaded(tiny("mixtral")).model
+    layer = model.model.layers[1].block_sparse_moe
+    own = layer.forward
+
+    def residual(x):
+        y = own(x)
+        return x + y if isinstance(y, torch.Tensor) else (x + y[0], *y[1:])
+
+    layer.forward = residual
+    found = calibrate(model, IDS, {ChannelSquare})
+    assert found.seen("model.layers.1.block_sparse_moe.experts.0.w1")
+    first, last = found.uses.values()
+    assert first.counts.sum() == 2 * IDS.numel() and not first.unknown
+    assert "model.layers.1.block_sparse_moe: it adds something else" in last.unknown and not last.counts.any()
