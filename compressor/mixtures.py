@@ -7,7 +7,6 @@ is what the layer does, whatever its router is. Fused experts are linears by the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,13 +115,13 @@ class MoEView:
             linear.out_features, linear.in_features = weight.shape
 
     @torch.no_grad()
-    def error(self, expert: int, x: Tensor, weights: Mapping[str, Tensor]) -> float:
-        """Root mean square over tokens x [M, H] of ‖f(x) - f'(x)‖, f' the expert with `weights` by full name."""
+    def error(self, expert: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Mean over tokens x [M, H] of (f(x) - f'(x))², [H], f' the expert with `weights` by full name."""
         module, prefix = self.experts[expert], f"{self.container}.{expert}."
         x = x.to(self.weight)
         own = {f"{name.removeprefix(prefix)}.weight": w.to(x) for name, w in weights.items()}
         found = torch.func.functional_call(module, own, (x,))
-        return math.sqrt((found - module(x)).square().sum(-1).mean().item())
+        return (found - module(x)).square().mean(0)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ class MoEView:
         """The layer's output when the experts of `numbers` answer with unit vectors and all else with zeros."""
         replies = {self.experts[e]: _unit(e - numbers.start if e in numbers else None) for e in range(len(self))}
         replies |= {self._module(name): _nothing(self._module(name)) for name in self.shared()}
-        with _replying(replies):
+        with replying(replies):
             y = self.module(x.unsqueeze(0))
         return (y if isinstance(y, Tensor) else y[0]).reshape(x.shape)
 
@@ -243,7 +242,7 @@ def _nothing(module: Any) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _replying(replies: dict[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+def replying(replies: dict[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
     """Each module's forward is the given function for a while."""
     held = {module: vars(module).get("forward") for module in replies}
     try:

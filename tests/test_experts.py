@@ -149,7 +149,7 @@ def test_experts_of_few_tokens_lean_on_the_others(mixture):
     assert found.value(inside[few], AbsMax) == own[AbsMax].value(), "only matrices are mixed"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_a_compressed_mixture_opens_again(name, tiny, tiny_tokenizer, tmp_path, prose):
     text = tmp_path / "text.txt"
     text.write_text(prose)

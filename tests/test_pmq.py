@@ -90,9 +90,10 @@ def surveyed(tiny):
     return model, {n: linears(model)[n] for n in names}, calibration, fisher
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("significance", ["kl", "pmq"])
-@pytest.mark.parametrize("count", ["codes", "stored"])
+@pytest.mark.parametrize(
+    ("scope", "significance", "count"),
+    [("layer", "kl", "codes"), ("global", "kl", "stored"), ("layer", "pmq", "stored"), ("global", "pmq", "codes")],
+)
 def test_the_budget_is_kept_and_used(surveyed, scope, significance, count):
     _, layers, calibration, fisher = surveyed
     method = PMQ(2.25, (1, 2, 3), count, scope, significance, group_size=32, rounding="nearest")
@@ -167,7 +168,7 @@ def test_a_whole_run(tiny, tiny_tokenizer, prose, tmp_path):
         "calibration": {"windows": 3, "length": 32}, "exports": ["safetensors"],
         "steps": [{"pmq": step}, {"quantize": rest}],
     }  # fmt: skip
-    model = tiny("qwen2_moe")
+    model = tiny("mixtral", num_hidden_layers=1, num_local_experts=6)
     artifact = compress(model, Recipe.from_dict(chosen), tokenizer=tiny_tokenizer, data=text, measure=False)
     report = artifact.record["steps"]["1 pmq"]
     views = mixtures(as_loaded(model).model)
