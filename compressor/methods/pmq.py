@@ -85,7 +85,7 @@ class PMQ:
     """
 
     bits: float = 2.5
-    choices: tuple[int, ...] = (1, 2, 3)
+    choices: tuple[int, ...] = (2, 3)
     count: Literal["codes", "stored"] = "codes"
     scope: Literal["layer", "global"] = "global"
     significance: Literal["kl", "output", "pmq", "random"] = "kl"  # random: for comparison
