@@ -123,8 +123,8 @@ def unfuse(model: nn.Module) -> None:
             made: nn.Module = _mixture(module)
             call: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x.unsqueeze(0))[0][0]  # noqa: E731
         elif fused := container(module):
-            made = _experts(module, name)
-            call = _routed(module)
+            made = experts = _experts(module, name)
+            call = _routed(len(experts), experts.dense)
         else:
             continue
         if not fused[0].is_meta:
@@ -200,17 +200,16 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-def _routed(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Calls a container, or what takes its place, with tokens that choose two experts in turn."""
-    count = container(module)[0].shape[0]
+def _routed(count: int, dense: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Calls a container of `count` experts, or what takes its place, with tokens that choose two of them in turn."""
 
     def call(m: nn.Module, x: Tensor) -> Tensor:
         first = torch.arange(len(x)) % count
         indices = torch.stack((first, (first + 1) % count), dim=1).to(x.device)
         weights = torch.linspace(0.1, 1.0, 2 * len(x)).view(-1, 2).to(x)
-        if hasattr(module, "limit") and metadata.version("transformers").startswith("4."):
-            dense = x.new_zeros(len(x), count).scatter(1, indices, weights)
-            return m(x.unsqueeze(0), router_indices=indices, routing_weights=dense)[0]
+        if dense:
+            spread = x.new_zeros(len(x), count).scatter(1, indices, weights)
+            return m(x.unsqueeze(0), router_indices=indices, routing_weights=spread)[0]
         return m(x, indices, weights)
 
     return call
@@ -224,10 +223,17 @@ def _prove(
     tokens = max(PROBE_TOKENS, fused[0].shape[0])
     wide = next(int(m.in_features) for m in new.modules() if isinstance(m, nn.Linear))
     x = torch.randn(tokens, wide, generator=torch.Generator().manual_seed(0)).to(fused[0])
-    expected, found = call(old, x), call(new, x)
-    error = ((found - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30)).item()
-    if not error <= TOLERANCE:
+    try:
+        expected = call(old, x)
+    except Exception as error:  # whatever another way of being called makes of these arguments
+        raise ModelError(
+            f"{name}: {type(old).__name__} does not take tokens, indices and weights ({error}); such experts are not "
+            f"supported."
+        ) from None
+    found = call(new, x)
+    off = ((found - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30)).item()
+    if not off <= TOLERANCE:
         raise ModelError(
             f"{name}: {type(old).__name__} does not compute what gated experts of its shapes do (relative error "
-            f"{error:.2g}); such experts are not supported."
+            f"{off:.2g}); such experts are not supported."
         )

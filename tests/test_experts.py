@@ -193,6 +193,10 @@ def test_experts_that_compute_something_else_are_refused():
     unfuse(model)
     assert len(linears_of(model)) == 12
     model = nn.ModuleDict({"experts": Odd()})
+    model["experts"].forward = lambda hidden: hidden  # as Llama 4's
+    with pytest.raises(ModelError, match="experts: Odd does not take tokens, indices and weights"):
+        unfuse(model)
+    model = nn.ModuleDict({"experts": Odd()})
     model["experts"].down_proj = nn.Parameter(torch.zeros(4, 8, 12))
     with pytest.raises(ModelError, match=r"experts of shapes .* not a gate and an up projection"):
         unfuse(model)
