@@ -70,8 +70,6 @@ def rows() -> dict[str, tuple[float, tuple[int, ...], dict[str, Any]]]:
         "2.5 of 1, 2, 3, 4": (2.5, (1, 2, 3, 4), {}),
         "3.0 of 1, 2, 3, 4": (3.0, (1, 2, 3, 4), {}),
     }  # fmt: skip
-    for bits, choices in ((2.5, (2, 3)), (2.5, (2, 4)), (2.5, (1, 2, 3)), (2.0, (1, 2, 3)), (1.5, (1, 2, 3))):
-        found[f"{bits} of {', '.join(map(str, choices))}: output"] = (bits, choices, {"significance": "output"})
     found |= {f"2.5 of 2, 3: random {s}": (2.5, (2, 3), {"significance": "random", "seed": s}) for s in (1, 2, 3)}
     found |= {f"2.5 of 2, 4: random {s}": (2.5, (2, 4), {"significance": "random", "seed": s}) for s in (1, 2)}
     for bits in (1.5, 1.75, 2.0, 2.5):

@@ -88,7 +88,7 @@ class PMQ:
     choices: tuple[int, ...] = (2, 3)
     count: Literal["codes", "stored"] = "codes"
     scope: Literal["layer", "global"] = "global"
-    significance: Literal["kl", "output", "pmq", "random"] = "kl"  # random: for comparison
+    significance: Literal["kl", "pmq", "random"] = "kl"  # random: for comparison
     seed: int = 0  # of random
     alpha: float = 1.0
     beta: float = 1.5
@@ -112,13 +112,13 @@ class PMQ:
     @property
     def sensitivity(self) -> str:
         """What the pipeline asks every method that surveys: whether it needs gradients."""
-        return "kl" if self.significance in ("kl", "output") else "error"
+        return "kl" if self.significance == "kl" else "error"
 
     def needs(self) -> set[type[Statistic]]:
         return set().union(*(method.needs() for method in self._methods().values()))
 
     def survey_needs(self) -> set[type[Statistic]]:
-        return {ChannelSquare} | ({TokenSample} if self.significance in ("pmq", "output") else set())
+        return {ChannelSquare} | ({TokenSample} if self.significance == "pmq" else set())
 
     def place(self, out_features: int, in_features: int) -> Placement:
         """A linear before the budget is shared out: at the average, with the scales of any width."""
@@ -230,11 +230,6 @@ class PMQ:
         for b, method in methods.items():
             plans = method.plan(own, calibration if seen else None)
             rounded[b] = {n: build(method.apply(own[n], plans[n])).dequantize()[:, : own[n].in_features] for n in names}
-        if self.significance == "output":
-            assert fisher is not None
-            x = calibration.value(names[0], TokenSample)
-            f = fisher.weights[f"{use.view.container}.{expert}.{use.view.get(expert).names[2]}"]
-            return {b: 0.5 * (f * use.view.error(expert, x, w)).sum().item() for b, w in rounded.items()}
         if self.significance == "kl":
             assert fisher is not None
             squares = {n: calibration.value(n, ChannelSquare) if seen else None for n in names}
