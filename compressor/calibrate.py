@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from compressor.blockwise import Call, Named, device_of, run_blocks
 from compressor.errors import DataError, NumericsError
 from compressor.kernels import activations as act
 from compressor.layers import hadamard_of
+from compressor.mixtures import ExpertUse, MoEView, mixtures
 from compressor.model import blocks, linears
 from compressor.progress import Progress, Silent
 from compressor.statistics import Statistic, TokenAngle
@@ -39,12 +41,16 @@ class Site:
 
 @dataclass
 class Calibration:
-    """Statistics by site. `unseen` lists linears that got no token: experts that the router never chose."""
+    """Statistics by site. `unseen` lists linears that got no token: experts that the router never chose.
+
+    uses: how often each expert was chosen, by the layer that holds it; of layers whose experts are measured.
+    """
 
     sites: list[Site] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     _site_of: dict[str, Site] = field(default_factory=dict, repr=False)
     _statistics: dict[Site, Statistics] = field(default_factory=dict, repr=False)
+    uses: dict[str, ExpertUse] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         return name in self._site_of
@@ -54,15 +60,23 @@ class Calibration:
         return bool(self._site_of.get(name) in self._statistics)
 
     def value(self, name: str, statistic: type[Statistic]) -> Tensor:
-        """The statistic of the input of linear `name`; an unseen expert borrows its siblings', merged.
+        """The statistic of the input of linear `name`.
 
-        Raises KeyError for a linear or statistic that was not asked for, NumericsError when no sibling was seen either.
+        An expert that no token chose has that of all experts of its layer together. Of a Gram matrix, one that saw n
+        tokens, fewer than its K features, has n / K of its own, which is not of full rank, and the rest of theirs.
+        Raises KeyError for a linear or statistic that was not asked for, NumericsError when no expert was chosen.
         """
         site = self._site_of[name]
-        if site in self._statistics:
-            return self._statistics[site][statistic].value()
+        own = self._statistics[site][statistic] if site in self._statistics else None
+        share = 1.0 if own is None else min(1.0, own.tokens / site.features)
+        if own is not None and share == 1:
+            return own.value()
         siblings = [s for s in self._statistics if _pattern(s.names[0]) == _pattern(site.names[0])]
-        return self._merged(siblings, site, statistic)
+        if own is None:
+            return self._merged(siblings, site, statistic)
+        if len(siblings) == 1 or not statistic.singular:
+            return own.value()
+        return own.value().mul_(share).add_(self._merged(siblings, site, statistic), alpha=1 - share)
 
     def together(self, names: Collection[str], statistic: type[Statistic]) -> Tensor:
         """The statistic of all that several linears of one width read, such as the experts behind a norm.
@@ -107,6 +121,7 @@ def calibrate(
         [name for part in parts for name in part.unseen],
         {name: site for part in parts for name, site in part._site_of.items()},
         {site: values for part in parts for site, values in part._statistics.items()},
+        {name: use for part in parts for name, use in part.uses.items()},
     )
 
 
@@ -139,7 +154,7 @@ def calibrate_blocks(
         nonlocal gathering
         if gathering.block != block:
             inside = {name: m for name, m in chosen.items() if name.startswith(f"{block}.")}
-            gathering = _Gathering(inside, wanted, block)
+            gathering = _Gathering(inside, wanted, block, mixtures(model, f"{block}.") if wanted else {})
         if angles is None:
             return gathering.listen()
         return _both(gathering.listen(), _turning(model.get_submodule(block), angles.setdefault(block, TokenAngle())))
@@ -213,8 +228,16 @@ def site_order(block: nn.Module, call: Call, hidden: Tensor, chosen: Mapping[str
 class _Gathering:
     """Groups the inputs of one block's chosen linears by identity while it runs, and reduces each group once."""
 
-    def __init__(self, chosen: dict[str, nn.Linear], needs: set[type[Statistic]], block: str = ""):
+    def __init__(
+        self,
+        chosen: dict[str, nn.Linear],
+        needs: set[type[Statistic]],
+        block: str = "",
+        views: Mapping[str, MoEView] = MappingProxyType({}),
+    ):
         self.chosen, self.needs, self.block = chosen, needs, block
+        self.views = {n: view for n, view in views.items() if any(c.startswith(f"{view.container}.") for c in chosen)}
+        self.uses = {name: ExpertUse(view) for name, view in self.views.items()}
         self.members: list[list[str]] = []  # linears of each site
         self.statistics: list[Statistics] = []
         self.site_of: dict[str, int] = {}
@@ -230,7 +253,15 @@ class _Gathering:
 
             return see
 
+        mixed: list[tuple[str, Tensor]] = []
+
+        def arrive(name: str):
+            return lambda _, args, kwargs: mixed.append((name, args[0] if args else next(iter(kwargs.values()))))
+
         handles = [m.register_forward_pre_hook(hook(name)) for name, m in self.chosen.items()]
+        handles += [
+            view.module.register_forward_pre_hook(arrive(name), with_kwargs=True) for name, view in self.views.items()
+        ]
         try:
             yield
         finally:
@@ -238,6 +269,8 @@ class _Gathering:
                 handle.remove()
         for (_, block), (x, names) in inputs.items():
             self._reduce(names, (act.rotate(x, block) if block else x).reshape(-1, x.shape[-1]))
+        for name, x in mixed:
+            self.uses[name].add(x.reshape(-1, x.shape[-1]))
 
     def _reduce(self, names: list[str], x: Tensor) -> None:
         """x [T, K] was the input of all of `names`."""
@@ -266,6 +299,7 @@ class _Gathering:
             unseen,
             {name: site for site in found for name in site.names},
             dict(zip(found, self.statistics, strict=False)),  # the unseen sites, at the end, have none
+            self.uses,
         )
 
     def _by_analogy(self, unseen: list[str]) -> list[list[str]]:

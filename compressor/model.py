@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compressor.errors import ModelError, NumericsError
+from compressor.experts import unfuse
 from compressor.parts import blocks, embedding_name, exempt, head_name, is_tied, linears, unaccounted, untie
 from compressor.source import Place, check, find
 from compressor.tokenizer import load_tokenizer, tokenizer_at
@@ -170,8 +171,11 @@ def _drop_pooler(model: Any) -> None:
 
 
 def linearize(model: nn.Module) -> None:
-    """Replace transformers' Conv1D (weight [K, N]) by nn.Linear (weight [N, K]) under the same name."""
+    """Replace transformers' Conv1D (weight [K, N]) by nn.Linear (weight [N, K]) under the same name, and experts that
+    are one parameter by linears. Raises ModelError for experts that are not gated ones."""
     from transformers.pytorch_utils import Conv1D
+
+    unfuse(model)
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):

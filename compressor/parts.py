@@ -21,7 +21,10 @@ LARGE_ELEMENTS, LARGE_SHARE = 4096, 1e-5
 OUTSIDE_SHARE = 0.10
 
 
-def blocks(model: nn.Module, kind: type[nn.Module] = nn.Linear) -> list[tuple[str, nn.Module]]:
+Kind = type[nn.Module] | tuple[type[nn.Module], ...]
+
+
+def blocks(model: nn.Module, kind: Kind = nn.Linear) -> list[tuple[str, nn.Module]]:
     """(name, module) of the repeated blocks in order. Raises ModelError when there is not exactly one list of them.
 
     kind: what at least one module of a block is; a stored model need not have an nn.Linear any more.
@@ -124,24 +127,24 @@ def exempt(model: nn.Module) -> dict[str, str]:
 def unaccounted(model: nn.Module, accounted: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of parameters that are neither in `accounted` (parameter names) nor exempt: what nobody decided on.
 
-    The fused [E, N, K] experts of transformers 5 end up here.
+    Experts held as one parameter [E, N, K] that experts.py does not know end up here.
     """
     decided = {*accounted, *exempt(model)}
     return [(name, tuple(p.shape)) for name, p in model.named_parameters() if name not in decided]
 
 
-def experts_of(model: nn.Module) -> list[tuple[str, str, list[str]]]:
+def experts_of(model: nn.Module, kind: Kind = nn.Linear) -> list[tuple[str, str, list[str]]]:
     """Of each layer of experts: the name of the module that holds them, that of their container, and their routers.
 
     A module holds E experts when a child is a ModuleList of E modules with linears, or owns parameters [E, ., .]. Of
     what else that module holds, 2-D weights with E rows, or with one (a shared expert's gate), are routers.
     """
     inside: dict[str, nn.Module] = {}
-    for block, owner in blocks(model):
+    for block, owner in blocks(model, kind):
         inside |= {f"{block}.{name}": module for name, module in owner.named_modules() if name}
     found = []
     for name, child in inside.items():
-        if not (count := _experts(child)):
+        if not (count := _experts(child, kind)):
             continue
         parent_name = name.rpartition(".")[0]
         routers = [
@@ -160,10 +163,10 @@ def _routers(model: nn.Module) -> set[str]:
     return {router for _, _, routers in experts_of(model) for router in routers}
 
 
-def _experts(module: nn.Module) -> int:
+def _experts(module: nn.Module, kind: Kind) -> int:
     """How many experts the module is a container of, 0 when it is none."""
     if isinstance(module, nn.ModuleList):
-        each = all(any(isinstance(m, nn.Linear) for m in expert.modules()) for expert in module)
+        each = all(any(isinstance(m, kind) for m in expert.modules()) for expert in module)
         return len(module) if each and len(module) > 1 else 0
     fused = [p for p in module._parameters.values() if p is not None and p.dim() == 3 and min(p.shape) > 1]
     return fused[0].shape[0] if len({p.shape[0] for p in fused}) == 1 else 0

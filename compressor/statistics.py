@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Statistic(ABC):
     """`x` is [T, K] of any float dtype and device; the state lives on the CPU unless a subclass says otherwise."""
 
     tokens: int = 0  # T seen so far
+    singular: ClassVar[bool] = False  # whether the value is a matrix that fewer tokens than K leave without full rank
 
     @classmethod
     @abstractmethod
@@ -82,6 +83,7 @@ class Gram(_Products):
     """
 
     PARTS = 4
+    singular = True
 
     def add(self, x: Tensor) -> None:
         x = x.float()

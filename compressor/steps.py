@@ -156,7 +156,7 @@ def store(
         for name, plan in options.plan(layers, part, decisions).items():
             made = options.apply(layers[name], plan)
             assert made.attributes.get("hadamard", 0) == hadamard_of(layers[name]), f"{step.method} lost a rotation"
-            details[name] = _detail(layers[name], made, plan)
+            details[name] = _detail(layers[name], made, plan) | ({"unseen": True} if name in part.unseen else {})
             packed[name] = on_cpu(made)
             if sequential:
                 model.set_submodule(name, hold_dense(build(made)))

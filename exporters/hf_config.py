@@ -93,6 +93,8 @@ def expressible(packed: Packed) -> str | None:
         return f"its input is padded by {packed.attributes['padding']}, which the dialect cannot say"
     if block := packed.attributes.get("hadamard"):
         return f"its input is rotated in blocks of {block} (hadamard), which only our own ops compute"
+    if packed.attributes.get("bits") == 1:
+        return "its codes of one bit are -1 and +1, and the dialect's are -1 and 0"
     if packed.attributes.get("activations") == "int8_block":
         return "its input has an INT8 scale a block (int8_block), which only our own ops compute"
     if "input_offset" in packed.tensors:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import OutputError
-from compressor.exporters import onnx_attention, onnx_nodes, onnx_tracing
+from compressor.exporters import onnx_attention, onnx_experts, onnx_nodes, onnx_tracing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -182,6 +182,11 @@ def capture(
 
 
 def _capture(model: nn.Module, kind: str, grouped: bool, change: Callable[[ir.Model], None] | None) -> ir.Model:
+    with onnx_experts.dense(model):
+        return _captured(model, kind, grouped, change)
+
+
+def _captured(model: nn.Module, kind: str, grouped: bool, change: Callable[[ir.Model], None] | None) -> ir.Model:
     what = signature(model, kind, grouped)
     free = torch.export.Dim.DYNAMIC
     dims = torch.utils._pytree.tree_map_only(

@@ -35,7 +35,7 @@ from compressor.exporters.onnx_nodes import (
     STOCK_DOMAIN,
 )
 from compressor.kernels.activations import STATIC_BITS, STATIC_FLOATS, TOKEN_BITS
-from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOATS, Float
+from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOATS, Float, int_values
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -269,10 +269,26 @@ def _fp4_blocks(op: Body, packed: ir.Value, step: ir.Value, block_size: int) -> 
 
 
 def _int_codes_of(op: Body, packed: ir.Value, a: Mapping[str, Any]) -> ir.Value:
-    """Offset binary uint8 [N, bytes] -> float32 codes [N, K]."""
+    """Packed uint8 [N, bytes] -> float32 codes [N, K]."""
     bits, features = a["bits"], a["in_features"]
-    values = _flat(op, _lookup(op, packed, range(-(1 << (bits - 1)), 1 << (bits - 1))))
+    if bits == 3:
+        return _three_bits(op, packed, features)
+    values = _flat(op, _lookup(op, packed, int_values(bits)))
     return op.Slice(values, [0], [features], [1]) if features * bits % 32 else values  # the last word may be padded
+
+
+def _three_bits(op: Body, packed: ir.Value, features: int) -> ir.Value:
+    """uint8 [N, bytes] -> float32 [N, K]: eight codes are three bytes."""
+    packed = op.Slice(packed, [0], [3 * -(-features // 8)], [1])  # without the rest of the last word
+    codes = _cells(op, op.Reshape(packed, [0, -1, 3]), 3)
+    values = _flat(op, op.Sub(op.Cast(codes, to=FLOAT), 4.0))
+    return op.Slice(values, [0], [features], [1]) if features % 8 else values
+
+
+def _cells(op: Body, cells: ir.Value, bits: int) -> ir.Value:
+    """uint8 [..., 3], little endian -> the int32 codes [..., 24/b] in it."""
+    word = op.ReduceSum(op.Mul(op.Cast(cells, to=INT32), np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
+    return op.Mod(op.Div(word, 1 << np.arange(0, 24, bits, dtype=np.int32)), np.array([1 << bits], np.int32))
 
 
 def _int_rows(op: Body, packed: ir.Value, scale: ir.Value, a: Mapping[str, Any]) -> ir.Value:
@@ -329,9 +345,7 @@ def _float_values(op: Body, packed: ir.Value, element: Float, block: int) -> ir.
             op, op.Reshape(packed, [0, -1, block * element.bits // 8] if block else [0, 1, -1]), element.values
         )
     cells = op.Reshape(packed, [0, -1, block // 4, 3] if block else [0, 1, -1, 3])
-    word = op.ReduceSum(op.Mul(op.Cast(cells, to=INT32), np.array([1, 1 << 8, 1 << 16], np.int32)), [-1], keepdims=1)
-    codes = op.Mod(op.Div(word, np.array([1, 1 << 6, 1 << 12, 1 << 18], np.int32)), np.array([64], np.int32))
-    return op.Gather(np.array(element.values, np.float32), codes)
+    return op.Gather(np.array(element.values, np.float32), _cells(op, cells, 6))
 
 
 def _fp4_embedding(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:

@@ -17,6 +17,7 @@ VERSION = 1
 OPSET = 21
 STOCK_DOMAIN = "com.microsoft"
 STOCK_BLOCKS = (256, 128, 64, 32, 16)  # block sizes that MatMulNBits reads
+STOCK_BITS = (2, 4, 8)
 
 INPUTS = {
     "FP4Linear": ("x", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "bias"),
@@ -197,7 +198,8 @@ def _emit_int_linear(
     features, rows = x.shape[-1], weight_scale.shape[0]
     packed = weight.dtype.value == INT32
     scale, bias = _float(weight_scale), _float(bias)
-    block = stock_block(features, group_size) if packed and activations == "none" and not hadamard else None
+    stock = packed and bits in STOCK_BITS and activations == "none" and not hadamard
+    block = stock_block(features, group_size) if stock else None
     if block is None:
         attributes = {
             "bits": bits,

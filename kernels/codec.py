@@ -95,7 +95,9 @@ FORMATS = {
     for f in (
         Format("nvfp4", "fp4_linear", 4, 16, 8),
         Format("mxfp4", "fp4_linear", 4, 32, 8),
+        Format("int1", "int_linear", 1, None, 16),  # -1 and +1
         Format("int2", "int_linear", 2, None, 16),
+        Format("int3", "int_linear", 3, None, 16),
         Format("int4", "int_linear", 4, None, 16),
         Format("int6", "int_linear", 6, None, 16),  # never packed into words: its codes are stored as int8
         Format("int8", "int_linear", 8, None, 16),
@@ -233,25 +235,44 @@ def e8m0_values(codes: Tensor) -> Tensor:
 # --- integers ---------------------------------------------------------------------------------------
 
 
-def pack_int(values: Tensor, bits: int) -> Tensor:
-    """Signed values [N, K] in [-2^(b-1), 2^(b-1)) -> int32 words [N, ceil(K*b/32)], little endian.
+def int_values(bits: int) -> range:
+    """The value of every code: offset binary, value + 2^(b-1); of one bit, which has no zero, -1 and +1."""
+    return range(-1, 2, 2) if bits == 1 else range(-(1 << (bits - 1)), 1 << (bits - 1))
 
-    Stored offset binary (value + 2^(b-1)); element i occupies the bits from i*b. bits is 2, 4 or 8.
+
+def pack_int(values: Tensor, bits: int) -> Tensor:
+    """Values [N, K] of `int_values` -> int32 words [N, ceil(K*b/32)], little endian.
+
+    Element i occupies the bits from i*b, over the end of a word where 32 is no multiple of b. bits is 1, 2, 3, 4 or 8.
     """
-    per_word = 32 // bits
-    codes = values.to(torch.int32) + (1 << (bits - 1))
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word))
-    shifts = torch.arange(0, 32, bits, device=values.device, dtype=torch.int32)
-    lanes = codes.reshape(codes.shape[0], -1, per_word) << shifts
-    # Lanes do not overlap, so the wrapping int32 sum is their bitwise or.
-    return lanes.sum(-1, dtype=torch.int32)
+    span = math.lcm(bits, 32)  # bits after which an element begins with a word again
+    codes = values.to(torch.int64)
+    codes = (codes + 1) // 2 if bits == 1 else codes + (1 << (bits - 1))
+    count = -(-codes.shape[1] * bits // 32)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (span // bits))).unflatten(-1, (-1, span // bits))
+    words = codes.new_zeros(*codes.shape[:-1], span // 32)
+    for i, start in enumerate(range(0, span, bits)):
+        w, at = divmod(start, 32)
+        words[..., w] |= (codes[..., i] << at) & 0xFFFFFFFF
+        if at + bits > 32:
+            words[..., w + 1] |= codes[..., i] >> (32 - at)
+    words = words.flatten(-2)[:, :count]
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def unpack_int(words: Tensor, bits: int, in_features: int) -> Tensor:
     """int32 words [N, ceil(K*b/32)] -> int8 values [N, K]."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (codes - (1 << (bits - 1))).to(torch.int8).flatten(-2)[:, :in_features]
+    span = math.lcm(bits, 32)
+    parts = torch.nn.functional.pad(words, (0, -words.shape[1] % (span // 32))).unflatten(-1, (-1, span // 32))
+    codes = []
+    for start in range(0, span, bits):
+        w, at = divmod(start, 32)
+        code = (parts[..., w] >> at) & ((1 << min(bits, 32 - at)) - 1)
+        if at + bits > 32:
+            code = code | (parts[..., w + 1] & ((1 << (at + bits - 32)) - 1)) << (32 - at)
+        codes.append(code)
+    values = torch.stack(codes, dim=-1).flatten(-2)[:, :in_features]
+    return (2 * values - 1 if bits == 1 else values - (1 << (bits - 1))).to(torch.int8)
 
 
 def blocks_of(x: Tensor, size: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""compressor::int_linear — y = Q(H x - z) · dequantize(W)ᵀ + b with symmetric INT2/4/6/8 weights, per group or per row.
+"""compressor::int_linear — y = Q(H x - z) · dequantize(W)ᵀ + b, symmetric weights of 1 to 8 bits, per group or row.
 
 Contract, all on one device:
     x             [..., K]              any float dtype; y has the same
-    weight        [N, ceil(K*b/32)]     int32 words, offset binary (weight-only)   |   [N, K] int8 (integer activations)
+    weight        [N, ceil(K*b/32)]     int32 words, codec.pack_int (weight-only)  |  [N, K] int8 (integer activations)
     weight_scale  [N, ceil(K/group)]    float, multiplies; [N, 1] per row
     bias          [N]                   float, optional
-    bits          2 | 4 | 6 | 8;   group_size  0 means one group per row
+    bits          1 | 2 | 3 | 4 | 6 | 8;   group_size  0 means one group per row
     activations   "none" | "int8" | "int6": a scale for each token | "int8_static" | "int6_static": `input_scale`
     input_scale   [1]                   float32, multiplies the codes of x; a power of two where we choose it
     input_offset  [K]                   z, float32, optional: subtracted from x, whatever `activations` says

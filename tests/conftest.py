@@ -45,10 +45,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", COMMON | {"intermediate_size": 96}),
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+# The same of experts; families of one router behave alike and are not repeated in tests of everything.
 ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# More mixtures of experts, for the tests that ask for them.
+LATENT = COMMON | {
+    "intermediate_size": 96, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("Qwen2MoeConfig", GROUPED | ROUTED | {"shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("Qwen3MoeConfig", HEADED | ROUTED | {"norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", GROUPED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy", "num_key_value_heads": 4}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"num_key_value_heads": 4}),
+    "gpt_oss": ("GptOssConfig", HEADED | LOCAL),
+    "granitemoe": ("GraniteMoeConfig", GROUPED | LOCAL),
 }
 PROSE = (
     "The quick brown fox jumps over the lazy dog. A model that has been compressed should still say what it said "

@@ -153,6 +153,9 @@ def test_e8m0_values_are_powers_of_two():
         (4, [-8, -7, 0, 1, 7, -1, 2, 3], [0xBA7F9810 - (1 << 32)]),
         (8, [-128, 127, 0, 1], [0x8180FF00 - (1 << 32)]),
         (2, [-2, -1, 0, 1] * 4, [0xE4E4E4E4 - (1 << 32)]),
+        (1, [-1, 1, 1, -1] * 8, [0x66666666]),
+        # Eleven codes of three bits: the last one begins with the two highest bits of the first word.
+        (3, [-4, -3, -2, -1, 0, 1, 2, 3, -4, 3, -3], [0x78FAC688, 0]),
     ],
 )
 def test_int_words_are_golden(bits, values, words):
@@ -162,10 +165,10 @@ def test_int_words_are_golden(bits, values, words):
     assert torch.equal(codec.unpack_int(packed, bits, values.shape[1]), values)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("columns", [1, 3, 17, 64, 65])
 def test_int_words_round_trip_at_awkward_widths(bits, columns):
     generator = torch.Generator().manual_seed(columns)
-    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    values = torch.randint(low, high, (5, columns), generator=generator).to(torch.int8)
+    chosen = torch.randint(1 << bits, (5, columns), generator=generator)
+    values = torch.tensor(codec.int_values(bits))[chosen].to(torch.int8)
     assert torch.equal(codec.unpack_int(codec.pack_int(values, bits), bits, columns), values)

@@ -31,6 +31,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "mxfp4": {"weights": "mxfp4", "activations": "mxfp4"},
     "mxfp4a16": {"weights": "mxfp4"},
     "int2": {"weights": "int2", "group_size": 32},
+    "int3": {"weights": "int3", "group_size": 32},
     "int4": {"weights": "int4", "group_size": 32},
     "int4 rows": {"weights": "int4"},
     "int8": {"weights": "int8", "group_size": 16},

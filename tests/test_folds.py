@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from compressor.calibrate import sites
@@ -28,11 +27,6 @@ EXPECTED: dict[str, dict[str, int]] = {
     "mixtral": {"norm": 2, "values": 1, "up": 4},
 }
 LAYER_NORM = ("phi", "opt", "gpt_neox", "gpt2")
-
-
-FUSED_EXPERTS = int(transformers.__version__.split(".")[0]) >= 5
-if FUSED_EXPERTS:  # one parameter that no linear reads the norm for, and whose norm is therefore nobody's site
-    EXPECTED["mixtral"] = {"norm": 1, "values": 1}
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -155,7 +149,6 @@ def test_groups_are_the_copies_of_a_value(tiny):
     assert torch.equal(fused.rows, head * 48 + 32 + i) and fused.groups is None
 
 
-@pytest.mark.skipif(FUSED_EXPERTS, reason="transformers 5 fuses experts into one parameter, which has no sites")
 def test_mixtral_compensates_router_and_all_experts(tiny):
     model = as_loaded(tiny("mixtral")).model
     moe = "model.layers.1.block_sparse_moe"

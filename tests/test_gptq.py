@@ -12,7 +12,8 @@ from compressor.methods import gptq, scale_search
 from compressor.methods.grid import ELEMENTS, LIMITS, Grid
 
 K = 96
-FORMATS = [("nvfp4", 16), ("mxfp4", 32), ("int2", 32), ("int4", 32), ("int4", None), ("int8", None), ("fp8", None)]
+FORMATS = [("nvfp4", 16), ("mxfp4", 32), ("int1", 32), ("int2", 32), ("int3", 32)]
+FORMATS += [("int4", 32), ("int4", None), ("int8", None), ("fp8", None)]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_beats_nearest_on_its_objective(rng, format, group):
     step = grid.columns(K)
     nearest = gptq.error(weight, grid.codes(weight) * step, gram)
     rounded = gptq.error(weight, gptq.round_columns(weight, gptq.factorize(gram, 0.01), grid) * step, gram)
-    assert rounded < 0.7 * nearest
+    assert rounded < (0.75 if format == "int1" else 0.7) * nearest
 
 
 @pytest.mark.parametrize(("format", "group"), FORMATS)

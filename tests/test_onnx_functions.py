@@ -221,10 +221,12 @@ def words(values: Tensor, bits: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("features", "group"), [(96, 0), (96, 24), (50, 0), (50, 5)])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_int_weights_that_the_stock_op_cannot_read(bits: int, features: int, group: int) -> None:
     torch.manual_seed(0)
-    values = torch.randint(-(1 << bits - 1), 1 << bits - 1, (N, features))
+    if bits == 3 and features % 8:
+        features, group = 56, group and 7  # eight of three bits are whole bytes, and a step takes no other layer
+    values = torch.tensor(codec.int_values(bits))[torch.randint(1 << bits, (N, features))]
     scale = torch.rand(N, features // group if group else 1) + 0.5
     packed, bias = codec.pack_int(values, bits), torch.randn(N)
     attributes = {"bits": bits, "group_size": group, "in_features": features}
@@ -233,6 +235,8 @@ def test_int_weights_that_the_stock_op_cannot_read(bits: int, features: int, gro
     x = torch.randn(3, features)
     expected = int_linear(x, packed, scale, bias, bits, group, "none")
     assert (found(x) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    if bits not in (2, 4, 8):
+        return  # no table has them
     rows = runner("IntEmbedding", attributes, {"weight_packed": words(values, bits), "weight_scale": scale})
     for shape in [(1, 1), (2, 7), (5,)]:
         ids = torch.randint(0, N, shape)

@@ -79,7 +79,7 @@ def fp4_scale(rng: torch.Generator, n: int, k: int, format: str) -> tuple[Tensor
 
 def int_case(n, k, bits, group, rule="none", packed=True, offset=False, hadamard=0, bias=True):
     rng = generator(n, k, bits)
-    values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), generator=rng).to(torch.int8)
+    values = torch.tensor(codec.int_values(bits))[torch.randint(1 << bits, (n, k), generator=rng)].to(torch.int8)
     weight = codec.pack_int(values, bits) if packed else values
     scale = torch.rand(n, -(-k // group) if group else 1, generator=rng).add(0.1)
     b = torch.randn(n, generator=rng) if bias else None
@@ -161,7 +161,7 @@ def cases(n: int) -> Iterator[Case]:
             yield fp4_case(n, k, format, rule, better, bias=k != 48)
     yield fp4_case(n, 256, "nvfp4", "nvfp4", hadamard=16)
     yield fp4_case(n, 256, "mxfp4", "none", hadamard=128)
-    for bits, k in itertools.product((2, 4, 8), (1, 31, 33, 63, 127, 513)):
+    for bits, k in itertools.product((1, 2, 3, 4, 8), (1, 31, 33, 63, 127, 513)):
         yield int_case(n, k, bits, 0, bias=k != 33)
     for group, k in [(16, 80), (32, 96), (32, 100), (24, 96), (128, 1024), (7, 63), (64, 63)]:
         yield int_case(n, k, 4, group)
@@ -425,7 +425,7 @@ def test_onnxruntime_runs_the_node_itself(case: Case) -> None:
         session(case, library=False, body=False)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_words_may_come_as_the_bytes_that_a_graph_declares(bits: int) -> None:
     case = int_case(65, 12, bits, 0)
     words, *rest = case.inputs

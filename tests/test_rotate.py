@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from compressor import Recipe, compress, load, rotations
@@ -30,14 +29,13 @@ from compressor.statistics import AbsMax, ChannelSquare, Gram, TokenSample
 
 TOLERANCE = 1e-4  # of the largest |logit|; what is right is 1e-6 off
 IDS = torch.randint(4, 256, (4, 24), generator=torch.Generator().manual_seed(7))
-FUSED_EXPERTS = int(transformers.__version__.split(".")[0]) >= 5
 # Family -> what stands in the way of rotating its residual stream; the others are rotated.
 REFUSED = {
     "gemma2": "post_attention_layernorm is not read by linears alone",
     "gemma3": "post_attention_layernorm is not read by linears alone",
     "bert": "no output head",
     **{f: "subtracts the mean" for f in ("phi", "opt", "gpt_neox", "gpt2")},
-} | ({"mixtral": "post_attention_layernorm is not read by linears alone"} if FUSED_EXPERTS else {})
+}
 ROTATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"]
 
 

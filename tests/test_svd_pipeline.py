@@ -91,11 +91,7 @@ def test_every_family_takes_low_rank(family, tiny, tiny_tokenizer, text):
     model = tiny(family)
     options = {"keep": 0.97, "rank_multiple": 1, "ignore": ["*.experts.*"] if family == "mixtral" else []}
     chosen = recipe({"svd": options})  # weights without any structure: little can go
-    try:
-        artifact = compress(model, chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
-    except ModelError as error:
-        assert family == "mixtral" and "gate_up_proj [4, 192, 64]" in str(error)
-        return
+    artifact = compress(model, chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
     rebuilt, original = logits(artifact.model()), logits(model)
     assert 0.001 < (rebuilt - original).norm() / original.norm() < 0.5
     assert sum(isinstance(m, LowRankLinear) for m in artifact.model().modules()) == len(artifact.structure) > 0

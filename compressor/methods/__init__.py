@@ -42,6 +42,7 @@ from compressor.methods.experts import Experts
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
+from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
 from compressor.methods.recover import Recover
 from compressor.methods.rotate import Rotate
@@ -51,6 +52,7 @@ from compressor.methods.svd import SVD
 METHODS = {
     "quantize": Quantize,
     "mixed_bits": MixedBits,
+    "pmq": PMQ,
     "outlier_tune": OutlierTune,
     "fp4": FP4,
     "correct": Correct,

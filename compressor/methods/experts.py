@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor.blockwise import run_blocks
 from compressor.config_fields import say_width
 from compressor.errors import ModelError, RecipeError
+from compressor.mixtures import MoEView, mixtures
 from compressor.model import blocks, linears
 from compressor.parts import experts_of
 from compressor.prunable import linear_like, to_bf16
@@ -126,14 +127,14 @@ def keep_experts(model: nn.Module, layer: _Layer, keep: Tensor) -> None:
 class _Use:
     """Sums over the tokens of each expert, float64 [E]."""
 
-    def __init__(self, layer: _Layer, module: nn.Module, experts: nn.ModuleList):
-        self.layer, self.module, self.experts = layer, module, experts
-        self.tokens, self.norms, self.weighted = torch.zeros(3, layer.count, dtype=torch.float64)
+    def __init__(self, view: MoEView):
+        self.view = view
+        self.tokens, self.norms, self.weighted = torch.zeros(3, len(view), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """x [T, H]: the layer's input."""
-        weights = self._weights(x)
-        for number, expert in enumerate(self.experts):
+        weights = self.view.weights(x)
+        for number, expert in enumerate(self.view.experts):
             chosen = weights[:, number].nonzero()[:, 0]
             if len(chosen):
                 norms = expert(x[chosen]).double().norm(dim=-1)
@@ -145,54 +146,18 @@ class _Use:
         """[E], 0 of an expert that got no token."""
         return (self.weighted if weighted else self.norms) / self.tokens.clamp_min(1)
 
-    def _weights(self, x: Tensor) -> Tensor:
-        """[T, E] what each expert's output is multiplied by, 0 where not chosen: each answers with a vector of its own
-        instead, and the layer's output says it. Raises ModelError where that holds something else."""
-        if self.layer.count > x.shape[1]:
-            raise ModelError(f"{self.layer.name}: more experts than channels ({x.shape[1]}) are not supported.")
-        if self._answered(x[:1], zero=True).any():
-            raise ModelError(
-                f"{self.layer.name}: its output holds more than what its experts give (shared experts); experts cannot "
-                f"prune it."
-            )
-        return self._answered(x, zero=False)[:, : self.layer.count]
-
-    def _answered(self, x: Tensor, zero: bool) -> Tensor:
-        def answer(number: int) -> Any:
-            def reply(tokens: Tensor) -> Tensor:
-                y = torch.zeros_like(tokens)
-                if not zero:
-                    y[..., number] = 1
-                return y
-
-            return reply
-
-        held = [vars(expert).get("forward") for expert in self.experts]
-        try:
-            for number, expert in enumerate(self.experts):
-                expert.forward = answer(number)  # type: ignore[assignment]
-            y = self.module.forward(x.unsqueeze(0))  # not called: hooks listen to the model's own forward only
-        finally:
-            for expert, before in zip(self.experts, held, strict=True):
-                del expert.forward
-                if before is not None:
-                    expert.forward = before
-        return (y if isinstance(y, Tensor) else y[0]).reshape(x.shape)
-
 
 def _measured(model: nn.Module, layers: list[_Layer], run: Run) -> dict[str, _Use]:
     """By name, from one pass over the calibration windows."""
-    use = {}
-    for layer in layers:
-        experts: Any = model.get_submodule(layer.container)
-        use[layer.name] = _Use(layer, model.get_submodule(layer.name), experts)
+    views = mixtures(model)
+    use = {layer.name: _Use(views[layer.name]) for layer in layers}
 
     @contextmanager
     def around(block: str) -> Iterator[None]:
         with ExitStack() as stack:
             for name, one in use.items():
                 if name.startswith(f"{block}."):
-                    stack.callback(one.module.register_forward_pre_hook(_hears(one)).remove)
+                    stack.callback(one.view.module.register_forward_pre_hook(_hears(one)).remove)
             yield
 
     run_blocks(model, run.windows, blocks(model), around, run.progress, run.device, run.dtype)

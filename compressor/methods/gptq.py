@@ -85,11 +85,11 @@ def round_columns(weight: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
 
 
 def _round(weight: Tensor, step: Tensor, u: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    if weight.is_cuda and importlib.util.find_spec("triton"):
+    if weight.is_cuda and grid.format in LIMITS and importlib.util.find_spec("triton"):
         from compressor.kernels import gptq_columns
 
         return gptq_columns.round_block(weight, step, u, LIMITS[grid.format])
-    if weight.device.type == "cpu" and native.built():
+    if weight.device.type == "cpu" and native.built() and grid.format in LIMITS:
         return native.gptq_block(weight, step, u, LIMITS[grid.format])
     return round_block(weight, step, u, grid)
 

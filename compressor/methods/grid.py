@@ -23,7 +23,9 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nvfp4": codec.round_e2m1,
     "mxfp4": codec.round_e2m1,
     "fp8": lambda x: codec.to_e4m3(x).float(),
+    "int1": lambda x: torch.where(x < 0, -1.0, 1.0),
     "int2": lambda x: x.round_().clamp_(-2, 1),
+    "int3": lambda x: x.round_().clamp_(-4, 3),
     "int4": lambda x: x.round_().clamp_(-8, 7),
     "int6": lambda x: x.round_().clamp_(-32, 31),
     "int8": lambda x: x.round_().clamp_(-128, 127),
@@ -31,15 +33,16 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _FLOATS = codec.FLOATS | {"nvfp4": codec.E2M1, "mxfp4": codec.E2M1, "fp8": codec.FLOATS["e4m3"]}
-# The same grids as kernels take them: lowest and highest code, smallest binade (0: integers), spacing over binade.
+# The same grids as kernels take them: lowest and highest code, smallest binade (0: integers), spacing over binade. Not
+# among them: int1, which has no zero.
 LIMITS = {name: (-f.top, f.top, 2.0**f.lowest, 2.0**-f.mantissa) for name, f in _FLOATS.items()} | {
-    f"int{b}": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 0.0, 1.0) for b in (2, 4, 6, 8)
+    f"int{b}": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 0.0, 1.0) for b in (2, 3, 4, 6, 8)
 }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """step [N, B] float32, positive, exactly as decoded from what is stored.
+    """step [N, B] float32, exactly as decoded from what is stored; negative where that turns an integer's range around.
 
     divisor: the global scale [1] of nvfp4, and of floats in blocks.
     """

@@ -24,7 +24,7 @@ from compressor.methods.quantize import PAIRS, WEIGHT_ONLY, LayerPlan, Placement
 from compressor.sensitivity import Fisher, costs
 from compressor.statistics import BlockNoise, ChannelSquare, Statistic
 
-Format = Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"]
+Format = Literal["nvfp4", "mxfp4", "int1", "int2", "int3", "int4", "int8", "fp8"]
 MEGABYTE = 1_000_000
 # Of an activation rule, in terms of E2M1's in blocks of 16.
 INPUT_NOISE = {"none": 0.0, "nvfp4": 1.0, "mxfp4": 1.0, "int8": EIGHT_BIT_NOISE, "fp8": EIGHT_BIT_NOISE}

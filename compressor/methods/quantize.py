@@ -1,4 +1,4 @@
-"""Weights on a 2-, 4- or 8-bit grid, rounded to nearest or by GPTQ; activations on a grid of their own.
+"""Weights on a grid of 1, 2, 3, 4 or 8 bits, rounded to nearest or by GPTQ; activations on a grid of their own.
 
 Options are the dataclass fields. Linears that read the same input share their NVFP4 global scales, because a
 runtime that merges q/k/v or gate/up has room for one. Scales are chosen before anything is rounded
@@ -7,6 +7,7 @@ runtime that merges q/k/v or gate/up has room for one. Scales are chosen before 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,7 +28,9 @@ WEIGHT_ONLY = "none"
 PAIRS: dict[str, tuple[str, ...]] = {
     "nvfp4": ("none", "nvfp4", "fp8", "int8", "int8_block"),
     "mxfp4": ("none", "mxfp4", "fp8", "int8", "int8_block"),
+    "int1": ("none",),
     "int2": ("none",),
+    "int3": ("none",),
     "int4": ("none",),
     "int8": ("none", "int8"),
     "fp8": ("none", "fp8"),
@@ -59,7 +62,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Quantize:
-    weights: Literal["nvfp4", "mxfp4", "int2", "int4", "int8", "fp8"] = "nvfp4"
+    weights: Literal["nvfp4", "mxfp4", "int1", "int2", "int3", "int4", "int8", "fp8"] = "nvfp4"
     activations: Literal["none", "nvfp4", "mxfp4", "int8", "int8_block", "fp8"] = "none"
     group_size: int | None = None
     on_misfit: Literal["smaller", "pad", "keep"] = "smaller"
@@ -129,7 +132,8 @@ class Quantize:
         group = fmt.block or self.group_size
         padding, note = 0, ""
         # Without a group the only constraint is that packed words hold whole rows.
-        unit = group or (32 // fmt.bits if fmt.kind == "int_linear" and self.activations == "none" else 1)
+        words = fmt.kind == "int_linear" and self.activations == "none"
+        unit = group or (math.lcm(fmt.bits, 32) // fmt.bits if words else 1)
         if in_features % unit:
             found = f"{unit} does not divide in_features {in_features}"
             if self.on_misfit == "keep":

@@ -22,6 +22,10 @@ E4M3_STEPS = tuple(range(-8, 7))
 E8M0_STEPS = (-1, 1)
 # Multiples of the abs-max scale for integer and FP8 formats, whose scales are bf16.
 RATIOS = tuple(1.0 - 0.025 * i for i in range(1, 21))
+# Integers whose range is so uneven that its longer end should be where the block's longer tail is: 5 % less error, what
+# a zero point would give too.
+TURNED = ("int2", "int3")
+MEAN_RATIOS = tuple(1.0 + sign * 0.05 * i for i in range(1, 7) for sign in (-1, 1))  # of one bit: around the mean |w|
 # The same of floats, whose steps grow with their values: eighths of an octave, the abs-max one first.
 FLOAT_RATIOS = (1.0, *(2.0 ** (-i / 8) for i in range(-2, 25) if i))
 
@@ -78,9 +82,11 @@ def candidates(format: str, blocks: Tensor, rule: str, divisor: Tensor | None) -
     else:
         # An integer's abs-max scale uses both ends of the two's complement range.
         top = codec.E4M3_MAX if format == "fp8" else (1 << (codec.FORMATS[format].bits - 1)) - 0.5
-        base = _positive(amax / top)
-        for ratio in (1.0, *RATIOS) if searched else (1.0,):
-            yield _bf16_up(base * ratio) if format == "fp8" else (base * ratio).bfloat16().float()
+        base = blocks.abs().mean(-1) if format == "int1" else _positive(amax / top)  # one bit has no zero but this
+        around = MEAN_RATIOS if format == "int1" else RATIOS
+        for sign in (1, -1) if searched and format in TURNED else (1,):
+            for ratio in (1.0, *around) if searched else (1.0,):
+                yield _bf16_up(base * ratio) if format == "fp8" else (base * (sign * ratio)).bfloat16().float()
 
 
 def best_scale(

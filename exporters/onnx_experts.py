@@ -1,0 +1,100 @@
+"""Layers of experts in a graph: every expert runs on every token, times what the router gives it, mostly zero.
+
+transformers picks the tokens of each expert with loops that depend on values, which no graph holds. While a graph is
+captured each layer's forward is this sum instead, and must give what the layer gives on random tokens, or the model is
+refused. The same logits in any runtime, for E / K times the arithmetic; an op that touches the chosen experts only is
+docs/moe.md's next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.mixtures import MoEView, Routing, mixtures, replying
+
+TOLERANCE = 1e-4  # of float32 sums in another order, relative to the largest output
+PROBE = (2, 24)  # batch, sequence
+
+Function = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """While this is open, the layers of experts of `model` can be traced. Raises ModelError."""
+    views = mixtures(model)
+    with replying({view.module: _dense(model, view) for view in views.values()}):
+        yield
+
+
+@torch.no_grad()
+def _dense(model: nn.Module, view: MoEView) -> Callable[..., Any]:
+    """A forward of one layer that the tracer can follow."""
+    x = torch.randn(*PROBE, view.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    given = view.module(x)
+    expected = given if isinstance(given, Tensor) else given[0]
+    choose = _router(model, view, view.routing(x.flatten(0, 1)))
+    routed = _routed(view, choose)
+    for shared in _shared(view.module):
+        y = routed(x) if shared is None else routed(x) + shared(x)
+        if (y - expected).abs().amax() <= TOLERANCE * expected.abs().amax():
+            break
+    else:
+        raise ModelError(f"{view.name}: what it computes beside its experts is not known; it is not supported.")
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        y = routed(hidden_states) if shared is None else routed(hidden_states) + shared(hidden_states)
+        return y if isinstance(given, Tensor) else (y, *(None for _ in given[1:]))
+
+    return forward
+
+
+def _routed(view: MoEView, choose: Function) -> Function:
+    def run(x: Tensor) -> Tensor:
+        """x [B, L, H] -> the same."""
+        tokens = x.flatten(0, 1)
+        weights = choose(x)
+        parts = [expert(tokens) * weights[:, e, None] for e, expert in enumerate(view.experts)]
+        return torch.stack(parts).sum(0).view_as(x)
+
+    return run
+
+
+def _router(model: nn.Module, view: MoEView, routing: Routing) -> Function:
+    """x [B, L, H] -> the weight of every expert, [T, E], zero where it is not chosen."""
+    module = model.get_submodule(view.router.rpartition(".")[0])
+
+    def by_scores(x: Tensor) -> Tensor:
+        logits = nn.functional.linear(x.flatten(0, 1), view.weight, view.bias).float()
+        scores = logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()
+        values, indices = scores.topk(routing.top_k, dim=-1)
+        if routing.renormalized:
+            values = values / values.sum(-1, keepdim=True)
+        return torch.zeros_like(scores).scatter(1, indices, values * routing.scale).to(x.dtype)
+
+    def by_itself(x: Tensor) -> Tensor:
+        found = [t for t in module(x) if isinstance(t, Tensor)]
+        indices = next(t for t in found if not t.is_floating_point())
+        values = next(t for t in found if t.is_floating_point() and t.shape == indices.shape)
+        return x.new_zeros(len(indices), len(view)).scatter(1, indices, values.to(x.dtype))
+
+    return by_scores if routing.plain else by_itself
+
+
+def _shared(layer: Any) -> Iterator[Function | None]:
+    """What a layer may add to its routed experts: nothing, a shared expert, one with a gate."""
+    yield None
+    for name in ("shared_expert", "shared_experts"):
+        if isinstance(shared := getattr(layer, name, None), nn.Module):
+            yield shared
+            if isinstance(gate := getattr(layer, f"{name}_gate", None), nn.Module):
+                yield _gated(shared, gate)
+
+
+def _gated(shared: nn.Module, gate: nn.Module) -> Function:
+    return lambda x: gate(x).sigmoid() * shared(x)
