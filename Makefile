@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The library of fused CPU ops is built by pip install; a changed source installs again.
 LIBRARY := setup.py $(wildcard kernels/ort/*.cc kernels/ort/*.h kernels/ort/build.py)
+# A process a core, each with one thread: tests are small, and most of their time is Python.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt
 
 demo: .venv/ready
@@ -10,7 +12,7 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Real models, every runtime, the acceptance figures: about half an hour on two cores.
 test-slow: .venv/ready
@@ -27,7 +29,7 @@ T5_TESTS ?= $(addprefix tests/test_,model.py calibrate.py experts.py pipeline.py
 
 # The same code under transformers 5, in an environment of its own (optimum-onnx pins transformers < 4.58).
 test-transformers5: .venv-transformers5/ready
-	.venv-transformers5/bin/python -m pytest -m "not slow" $(T5_TESTS)
+	$(subst .venv,.venv-transformers5,$(PYTEST)) -m "not slow" $(T5_TESTS)
 
 # The library of fused CPU ops in an onnxruntime seven minor versions older.
 test-old-onnxruntime: .venv/ready
