@@ -30,68 +30,12 @@ from compressor import lean_modules
 from compressor import rank_values as rank_values_module
 from compressor.blockwise import HIDDEN, Call, base_of
 from compressor.fold_probe import Probe, distance
-from compressor.kernels.lowrank_ffn import ACTIVATIONS
 from compressor.lean_modules import become, factors
+from compressor.lean_parts import SAME, AddNorm, FeedForward, SelfAttention, add_norms, attentions, feed_forwards
 from compressor.lowrank import LowRankLinear
 from compressor.parts import blocks
 
 ROWS, TOKENS = 3, 8  # of the batch that blocks are probed with: rows are told apart by their number
-SAME = 1e-5  # relative, float64 against what runs in float32
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Names in a block. owner: the module that is all of it; else `between`, the activation's own module, goes."""
-
-    first: str
-    gate: str | None
-    last: str
-    activation: str
-    owner: str | None
-    between: str | None
-
-    def apply(self, block: nn.Module) -> None:
-        first, last = block.get_submodule(self.first), block.get_submodule(self.last)
-        span = (first, None if self.gate is None else block.get_submodule(self.gate), last)
-        if self.owner is None:
-            assert self.between is not None
-            become(first, lean_modules.Through)
-            block.set_submodule(self.between, nn.Identity())
-        place = last if self.owner is None else block.get_submodule(self.owner)
-        become(place, lean_modules.FFN, span=span, activation=self.activation)
-
-    @property
-    def names(self) -> list[str]:
-        return [n for n in (self.first, self.gate, self.last) if n]
-
-
-@dataclass(frozen=True)
-class SelfAttention:
-    """Names in a block; `owner` is the module that takes hidden states and gives the context."""
-
-    names: tuple[str, str, str]
-    owner: str
-    heads: int
-    masked: int | str | None
-    rest: int | None
-
-    def apply(self, block: nn.Module) -> None:
-        span = tuple(map(block.get_submodule, self.names))
-        told = {"heads": self.heads, "masked": self.masked, "rest": self.rest}
-        become(block.get_submodule(self.owner), lean_modules.Attention, span=span, **told)
-
-
-@dataclass(frozen=True)
-class AddNorm:
-    """Names in a block; `owner` gives norm(linear(x) + residual)."""
-
-    linear: str
-    norm: str
-    owner: str
-
-    def apply(self, block: nn.Module) -> None:
-        span = (block.get_submodule(self.linear), block.get_submodule(self.norm))
-        become(block.get_submodule(self.owner), lean_modules.AddNorm, span=span)
 
 
 @dataclass(frozen=True)
@@ -147,7 +91,7 @@ def lean(
             elif isinstance(part, RankValues):
                 if rank_values_module.pays(block.get_submodule(part.name), part.size):
                     part.apply(block)
-            elif any(isinstance(block.get_submodule(n), kind) for n in _names(part)):
+            elif any(isinstance(block.get_submodule(n), kind) for n in part.names):
                 part.apply(block)
         used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
         for name, module in block.named_modules():
@@ -172,12 +116,12 @@ def parts_of(
     )
     under = Probe(_dense(block), given, torch.float64)
     found: list[Part] = []
-    candidates: list[Iterator[FeedForward | SelfAttention]] = [_feed_forwards(under), _attentions(under, heads)]
+    candidates: list[Iterator[FeedForward | SelfAttention]] = [feed_forwards(under), attentions(under, heads)]
     for part in itertools.chain(*candidates):
         taken = {n for p in found if isinstance(p, FeedForward | SelfAttention) for n in p.names}
         if not taken & set(part.names) and _proven(under, part):
             found.append(part)
-    found += _add_norms(under)
+    found += add_norms(under)
     if rank_values:
         size = rank_values_module.head_size(config)
         tried = (RankValues(n, size) for n, m in under.linears.items() if m.out_features % size == 0)
@@ -243,74 +187,6 @@ def _calls(model: nn.Module, wanted: list[nn.Module]) -> dict[nn.Module, tuple[t
     return {b: found[b] for b in wanted}
 
 
-def _feed_forwards(under: Probe) -> Iterator[FeedForward]:
-    """first -> activation (-> times gate) -> last, by value."""
-    got, gave = under.inputs[0], under.outputs[0]
-    for last in under.linears:
-        width = under.linears[last].in_features
-        before = [n for n in under.linears if n in gave and n != last and under.linears[n].out_features == width]
-        for first, (name, act) in itertools.product(before, ACTIVATIONS.items()):
-            hidden = act(gave[first])
-            gates = [n for n in before if n != first and _same(got[n], got[first])]
-            for gate in (None, *gates):
-                if _same(got.get(last), hidden if gate is None else hidden * gave[gate]):
-                    yield from _placed(under, FeedForward(first, gate, last, name, None, None))
-
-
-def _placed(under: Probe, part: FeedForward) -> Iterator[FeedForward]:
-    """The part with the module that is all of it, else with its activation's module."""
-    got, gave = under.inputs[0], under.outputs[0]
-    owner = _common(part.names)
-    if owner and _same(got.get(owner), got[part.first]) and _same(gave.get(owner), gave[part.last]):
-        yield FeedForward(part.first, part.gate, part.last, part.activation, owner, None)
-    elif part.gate is None:
-        for name, module in under.block.named_modules():
-            alone = name in gave and not any(True for _ in module.parameters()) and name not in under.twice
-            if alone and _same(got[name], gave[part.first]) and _same(gave[name], got[part.last]):
-                yield FeedForward(part.first, None, part.last, part.activation, None, name)
-                return
-
-
-def _attentions(under: Probe, heads: int) -> Iterator[SelfAttention]:
-    """Three linears of one input in one module that gives their attention; which is which, the proof says."""
-    got = under.inputs[0]
-    for owner, calls in under._calls.items():
-        inside = [n for n in under.linears if n.startswith(f"{owner}.") and _same(got.get(n), got.get(owner))]
-        square = [n for n in inside if under.linears[n].out_features == under.linears[inside[0]].out_features]
-        if not owner or len(square) != 3 or not heads or under.linears[square[0]].out_features % heads:
-            continue
-        args, kwargs = calls[0]
-        slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        masks = [key for key, value in slots if isinstance(value, Tensor) and value.dim() == 4]
-        result = under.module(owner)(*args, **kwargs)
-        rest = len(result) - 1 if isinstance(result, tuple) else None
-        for order in itertools.permutations(square):
-            yield SelfAttention(order, owner, heads, masks[0] if masks else None, rest)
-
-
-def _add_norms(under: Probe) -> Iterator[AddNorm]:
-    """linear -> plus the module's second argument -> layer norm, by value: this is the proof too."""
-    got, gave = under.inputs[0], under.outputs[0]
-    for owner, calls in under._calls.items():
-        norms = [n for n, m in under.block.named_modules() if type(m) is nn.LayerNorm and n.startswith(f"{owner}.")]
-        linears = [n for n in under.linears if n.startswith(f"{owner}.")]
-        args, kwargs = calls[0]
-        if not owner or len(norms) != 1 or len(linears) != 1 or len(args) != 2 or kwargs:
-            continue
-        norm: Any = under.module(norms[0])
-        if norm.weight is None or norm.bias is None or not isinstance(args[1], Tensor) or linears[0] not in gave:
-            continue
-        total = gave[linears[0]] + args[1]
-        y = nn.functional.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        if _same(got.get(linears[0]), args[0]) and _same(gave.get(owner), y):
-            yield AddNorm(linears[0], norms[0], owner)
-
-
-def _names(part: FeedForward | SelfAttention | AddNorm) -> list[str] | tuple[str, ...]:
-    """The linears that it is about."""
-    return (part.linear,) if isinstance(part, AddNorm) else part.names
-
-
 def _proven(under: Probe, part: Part) -> bool:
     """Whether the block gives what it gave when this part runs lean."""
     block = copy.deepcopy(under.block)
@@ -343,16 +219,3 @@ def _values_proven(under: Probe, part: RankValues) -> bool:
     except (RuntimeError, TypeError, KeyError, ValueError):
         return False
     return distance(results, expected) <= SAME * distance(expected)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.numel() != b.numel():
-        return False
-    a, b = a.detach().flatten(), b.detach().flatten()
-    return float((a - b).norm()) <= SAME * float(b.norm())
-
-
-def _common(names: list[str]) -> str:
-    """The innermost module that all of these are in."""
-    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return ".".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
