@@ -2,8 +2,9 @@
 PYTHON ?= python3
 # The library of fused CPU ops is built by pip install; a changed source installs again.
 LIBRARY := setup.py $(wildcard kernels/ort/*.cc kernels/ort/*.h kernels/ort/build.py)
-# A process a core, each with one thread: tests are small, and most of their time is Python.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
+# Processes of tests, each with one thread: tests are small, and most of their time is Python.
+PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(PROCESSES) --dist worksteal
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt
 
 demo: .venv/ready
