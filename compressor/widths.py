@@ -15,6 +15,7 @@ from torch import Tensor
 
 KAPPA = 13.1072  # a = 1 of CFSP's a (S_l − mean S) / 10⁴ at its T = 131072 tokens: κ = a T / 10⁴
 ROOM = 1.05  # CFSP's: the largest ratio stays this factor short of keeping everything
+OFF = 0.01  # of a width, that one width for all layers may miss the budget by
 ALIGNMENTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -29,6 +30,13 @@ def alignment(units: Sequence[int], wanted: int | None, least_steps: int = 12) -
         fitting = ", ".join(str(a) for a in ALIGNMENTS if misfit % a == 0)
         raise ValueError(f"align {wanted} does not divide a width of {misfit} channels; use one of {fitting}")
     return wanted
+
+
+def nearest(units: int, share: float, step: int | None) -> int:
+    """The multiple of `step` nearest to a share of a width; None: of the largest of 128, 64, … that is within OFF."""
+    steps = ALIGNMENTS if step is None else (step,)
+    multiples = [a * min(max(round(units * share / a), 1), units // a) for a in steps if units % a == 0]
+    return next((m for m in multiples if abs(m - units * share) <= OFF * units), multiples[-1])
 
 
 def keep_ratios(omega: Tensor, pruned: float, kappa: float = KAPPA, floor: float = 0.0) -> Tensor:

@@ -175,9 +175,10 @@ def alone(script, *folders):
 
 
 def test_one_width_and_padded_ones_are_plain_configs_that_transformers_loads_and_saves(pruned, tmp_path):
-    made = {"uniform": OBS | {"allocation": "uniform"}, "padded": OBS | {"a": 20.0, "widths": "padded"}}
+    equal = OBS | {"prune": 0.3, "allocation": "uniform", "widths": "equal"}  # 67.2 of 96 channels
+    made = {"equal": equal, "padded": OBS | {"a": 20.0, "widths": "padded"}}
     artifacts = {name: pruned(step, num_hidden_layers=3)[1] for name, step in made.items()}
-    assert artifacts["uniform"].config.intermediate_size == 72
+    assert artifacts["equal"].config.intermediate_size == 68
     for name, artifact in artifacts.items():
         assert not artifact.structure
         artifact.save(tmp_path / name)
@@ -273,6 +274,7 @@ def test_the_dry_run_says_what_the_run_does(tiny):
         ({"targets": ["*.q_proj"]}, "llama", "no feed-forward layer to prune among its targets"),
         ({"targets": ["*.down_proj"]}, "llama", "no feed-forward layer to prune among its targets"),
         ({"prune": 1.0}, "llama", "prune 1 is not a share"),
+        ({"widths": "equal"}, "llama", "widths: equal goes with allocation: uniform"),
         ({"score": "obs", "allocation": "global"}, "llama", "obs only ranks the channels of one"),
     ],
 )

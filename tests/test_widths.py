@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.widths import alignment, apportion, keep_ratios
+from compressor.widths import alignment, apportion, keep_ratios, nearest
 
 OMEGA = torch.tensor([0.28, 0.11, 0.09, 0.08, 0.07, 0.09, 0.12, 0.25], dtype=torch.float64)
 
@@ -48,6 +48,12 @@ def test_a_floor_above_the_mean_leaves_all_equal():
 def test_no_room_is_said():
     with pytest.raises(ValueError, match="allowed are 2 to 8"):
         apportion([1, 1], [4, 4], 9)
+
+
+def test_one_width_is_the_multiple_nearest_to_the_budget():
+    assert nearest(1536, 0.7, None) == 1088  # 1075.2: 64 misses it by less than one percent of 1536, 128 by more
+    assert nearest(14336, 0.8, None) == 11520 and nearest(96, 0.7, None) == 68
+    assert nearest(1536, 0.7, 128) == 1024 and nearest(1536, 0.01, 128) == 128
 
 
 def test_alignment():

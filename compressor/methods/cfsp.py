@@ -28,7 +28,7 @@ from compressor.prunable import Prunable, cut, find_prunable, linear_like, pad, 
 from compressor.repair import least_squares, mean_bias
 from compressor.run import Run
 from compressor.statistics import ChannelMean, Gram, TokenAngle
-from compressor.widths import KAPPA, alignment, apportion, keep_ratios
+from compressor.widths import KAPPA, alignment, apportion, keep_ratios, nearest
 
 Allocation = Literal["cfsp", "uniform", "global"]
 
@@ -36,14 +36,15 @@ Allocation = Literal["cfsp", "uniform", "global"]
 @dataclass(frozen=True)
 class CFSP:
     """`prune` is the share of all feed-forward channels that goes, `heads` how many key-value heads of every block go
-    with the queries that share them, `a` the temperature of CFSP's mapping. `widths: padded` fills every layer with
-    zeros up to the widest, so that a plain config describes the model."""
+    with the queries that share them, `a` the temperature of CFSP's mapping. A plain config describes the model where
+    every layer has one width: `widths: equal` gives all the multiple of the alignment that is nearest to the budget,
+    `padded` fills every layer with zeros up to the widest."""
 
     prune: float = 0.2
     score: Score = "out_energy"
     allocation: Allocation = "cfsp"
     repair: Literal["least_squares", "bias", "none"] = "least_squares"
-    widths: Literal["exact", "padded"] = "exact"
+    widths: Literal["exact", "equal", "padded"] = "exact"
     align: int | None = None
     a: float = 1.0
     heads: int = 0
@@ -54,6 +55,8 @@ class CFSP:
             raise ValueError(f"prune {self.prune:g} is not a share of the channels; give a number from 0 to below 1")
         if self.align is not None and self.align < 1:
             raise ValueError(f"align {self.align} must be 1 or more; 128 is usual")
+        if self.widths == "equal" and self.allocation != "uniform":
+            raise ValueError(f"widths: equal goes with allocation: uniform, and allocation is '{self.allocation}'")
         if self.score == "obs" and self.allocation == "global":
             raise ValueError(
                 "allocation global compares scores between layers, and obs only ranks the channels of one; use "
@@ -139,6 +142,8 @@ class CFSP:
     def _widths(self, ffns: Sequence[Prunable], ratios: Sequence[float]) -> list[int]:
         """Channels that each layer keeps, in all (1 − prune) of them to the nearest multiple of the alignment."""
         units, step = [what.units for what in ffns], self._step(ffns)
+        if self.widths == "equal":
+            return [nearest(n, 1 - self.prune, self.align) for n in units]
         try:
             total = round(sum(units) * (1 - self.prune) / step)
             quotas = [n * r / step for n, r in zip(units, ratios, strict=True)]
@@ -172,7 +177,7 @@ class CFSP:
                     raise ModelError(f"{wrong}; set widths: exact.") from None
             rows[what.readers[0]] = {"channels": what.units, "kept": width, "error": error}
             run.progress.advance()
-        before, after = {what.units for what in ffns}, set(widths) if self.widths == "exact" else {max(widths)}
+        before, after = {what.units for what in ffns}, {max(widths)} if self.widths == "padded" else set(widths)
         field = None
         if len(before) == len(after) == 1:
             touched = [name for what in ffns for name in (*what.rows, *what.readers)]
