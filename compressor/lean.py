@@ -6,7 +6,7 @@ keys and values, are as wide as before. `lean` changes how they come about, neve
     feed-forward   one op that has the hidden activations of a few tokens at a time
     residual       on a GPU, one kernel for what ends each half of a post-norm block, norm(linear(x) + residual)
     attention      one op that lifts q, k and v for a few rows and heads at a time, where nothing (rotary embeddings)
-                   stands between them and the scores
+                   stands between them and the scores, and gives its context in the rank space of the next linear
     rows           a block runs a few rows of a batch at a time, unless there is a cache to fill
 
 There is no table of families. Candidates come from what the modules of one block got and gave on random numbers, one
@@ -31,7 +31,17 @@ from compressor import rank_values as rank_values_module
 from compressor.blockwise import HIDDEN, Call, base_of
 from compressor.fold_probe import Probe, distance
 from compressor.lean_modules import become, factors
-from compressor.lean_parts import SAME, AddNorm, FeedForward, SelfAttention, add_norms, attentions, feed_forwards
+from compressor.lean_parts import (
+    SAME,
+    AddNorm,
+    Context,
+    FeedForward,
+    SelfAttention,
+    add_norms,
+    attentions,
+    contexts,
+    feed_forwards,
+)
 from compressor.lowrank import LowRankLinear
 from compressor.parts import blocks
 
@@ -58,7 +68,7 @@ class RankValues:
         become(block.get_submodule(self.name), rank_values_module.Values, size=self.size)
 
 
-Part = FeedForward | SelfAttention | AddNorm | RowByRow | RankValues
+Part = FeedForward | SelfAttention | Context | AddNorm | RowByRow | RankValues
 
 
 @torch.no_grad()
@@ -121,11 +131,13 @@ def parts_of(
         taken = {n for p in found if isinstance(p, FeedForward | SelfAttention) for n in p.names}
         if not taken & set(part.names) and _proven(under, part):
             found.append(part)
+    attended = [part for part in found if isinstance(part, SelfAttention)]
+    found += [c for part in attended for c in contexts(under, part) if _proven_low(under, c.names[0], part, c)]
     found += add_norms(under)
     if rank_values:
         size = rank_values_module.head_size(config)
         tried = (RankValues(n, size) for n, m in under.linears.items() if m.out_features % size == 0)
-        found += list(itertools.islice((part for part in tried if _values_proven(under, part)), 1))
+        found += list(itertools.islice((part for part in tried if _proven_low(under, part.name, part)), 1))
     by_row: set[int | str] = {i for i, a in enumerate(args) if isinstance(a, Tensor) and len(a) == ROWS}
     by_row |= {k for k, v in kwargs.items() if isinstance(v, Tensor) and len(v) == ROWS}
     rows = RowByRow(frozenset(by_row), any(isinstance(part, SelfAttention) for part in found))
@@ -201,18 +213,20 @@ def _proven(under: Probe, part: Part) -> bool:
     return distance(results, under.results) <= SAME * distance(under.results)
 
 
-def _values_proven(under: Probe, part: RankValues) -> bool:
-    """Whether a block whose values have low rank gives the same when its cache would hold them in rank space."""
+def _proven_low(under: Probe, name: str, *parts: Part) -> bool:
+    """Whether a block gives the same with these parts as without them where this linear has low rank."""
     block = copy.deepcopy(under.block)
-    dense = block.get_submodule(part.name)
-    made = LowRankLinear.shaped(dense.out_features, dense.in_features, part.size // 2 + 1, bias=dense.bias is not None)  # type: ignore
+    dense: Any = block.get_submodule(name)
+    n, k = dense.out_features, dense.in_features
+    made = LowRankLinear.shaped(n, k, min(n, k) // 3 + 1, bias=dense.bias is not None)
     made = made.to_empty(device="cpu").to(torch.float64)
     for p in made.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
-    block.set_submodule(part.name, made)
+    block.set_submodule(name, made)
     hidden = [got[""].detach() for got in under.inputs]
     expected = [under.call.run(block, h) for h in hidden]
-    part.apply(block)
+    for part in parts:
+        part.apply(block)
     try:
         with rank_values_module.standing_in():
             results = [under.call.run(block, h) for h in hidden]

@@ -73,6 +73,16 @@ class Single(LowRankLinear):
         return lowrank_linear.lowrank_linear(x, *given)
 
 
+class Lift(Single):
+    """The linear behind attention, which has applied its first factor already to what it gives, piece by piece."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = factors(self)
+        if given is None or given[1] is None or x.shape[-1] == self.in_features:
+            return super().forward(x)
+        return lowrank_linear.product(x, (given[1], None, given[2]))
+
+
 class Through(nn.Module):
     """The first linear of a feed-forward that the last one computes, and the activation between them."""
 
@@ -177,11 +187,13 @@ class Attention(nn.Module):
     """Self-attention without positions of its own, from q, k and v in rank space (kernels/lowrank_attention.py).
 
     span      the linears that give q, k and v
+    out       the one that takes the context, where it is a Lift
     masked    position or name of the argument that is the mask, None where there is none
     rest      what it gives behind the context: as many None
     """
 
     span: tuple[nn.Module, nn.Module, nn.Module]
+    out: Lift | None = None
     heads: int
     masked: int | str | None
     rest: int | None
@@ -190,7 +202,7 @@ class Attention(nn.Module):
         x = args[0] if args else kwargs["hidden_states"]
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
         weights = [known for m in self.span if (known := factors(m)) is not None]
-        if grows or len(weights) < len(self.span) or kwargs.get("output_attentions") or differentiated(x):
+        if grows or len(weights) < len(self.span) or kwargs.get("output_attentions") or differentiated(x, *sum(weights, ())):
             return super().forward(*args, **kwargs)
         mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
         mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
@@ -207,12 +219,14 @@ class Attention(nn.Module):
         return y if self.rest is None else (y, *[None] * self.rest)
 
     def _in_pieces(self, x: Tensor, weights: list[Factors], mask: Tensor | None, *last: Any) -> Tensor:
-        """Some rows at a time, so that what is in rank space is only theirs too."""
+        """Some rows at a time, so that what is in rank space is only theirs too; of the whole context there is, where
+        the next linear is a Lift, only what is left of it in that one's rank space."""
         one_product(x, self.span)
         rows, length = x.shape[:2]
         width = int(self.span[0].out_features)  # type: ignore[arg-type]
-        pieces = lowrank_attention.pieces(rows, 3 * length * width * x.element_size(), x.is_cuda)
-        y = x.new_empty((rows, length, width)) if len(pieces) > 1 else None
+        down = None if self.out is None else self._narrower(x)
+        pieces = lowrank_attention.pieces(rows, 3 * length * width * x.element_size(), x.is_cuda, down is not None)
+        y = x.new_empty((rows, length, width if down is None else len(down))) if len(pieces) > 1 else None
         for some in pieces:
             part = x[some]
             entered = lowrank_linear.into_ranks(part.flatten(0, 1), weights)
@@ -220,11 +234,21 @@ class Attention(nn.Module):
             own = mask[some] if mask is not None and mask.dim() == 4 and len(mask) == rows else mask
             found = lowrank_attention.chunked(q, k, v, own, *last)
             if y is None:
-                return found
-            y[some] = found
+                return found if down is None else nn.functional.linear(found, down)
+            if down is None:
+                y[some] = found
+            else:
+                torch.mm(found.flatten(0, 1), down.t(), out=y[some].flatten(0, 1))
             del entered, q, k, v, found  # before the next ones are there
         assert y is not None
         return y
+
+    def _narrower(self, x: Tensor) -> Tensor | None:
+        """The first factor of the linear behind, in the dtype of x, if there is less behind it than before it."""
+        assert self.out is not None
+        given = factors(self.out)
+        fits = given is not None and given[1] is not None and len(given[0]) < self.out.in_features
+        return given[0].to(x.dtype) if fits and not differentiated(*given) else None  # type: ignore[index, misc]
 
 
 class AddNorm(nn.Module):
@@ -242,7 +266,7 @@ class AddNorm(nn.Module):
             return super().forward(x, residual)
         from compressor.kernels import add_norm
 
-        return add_norm.add_norm(linear(x), residual, norm.weight, norm.bias, norm.eps)
+        return add_norm.add_norm_(linear(x), residual, norm.weight, norm.bias, norm.eps)
 
 
-LEAN = (Single, Through, FFN, Rows, Attention, AddNorm)
+LEAN = (Single, Lift, Through, FFN, Rows, Attention, AddNorm)

@@ -17,6 +17,7 @@ from compressor import lean_modules
 from compressor.fold_probe import Probe
 from compressor.kernels.lowrank_ffn import ACTIVATIONS
 from compressor.lean_modules import become
+from compressor.lowrank import LowRankLinear
 
 SAME = 1e-5  # relative, float64 against what runs in float32
 
@@ -61,6 +62,20 @@ class SelfAttention:
         span = tuple(map(block.get_submodule, self.names))
         told = {"heads": self.heads, "masked": self.masked, "rest": self.rest}
         become(block.get_submodule(self.owner), lean_modules.Attention, span=span, **told)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Names in a block: the linear that alone takes what `owner`, a SelfAttention, gives."""
+
+    names: tuple[str]
+    owner: str
+
+    def apply(self, block: nn.Module) -> None:
+        out, attention = block.get_submodule(self.names[0]), block.get_submodule(self.owner)
+        if isinstance(out, LowRankLinear) and isinstance(attention, lean_modules.Attention):
+            become(out, lean_modules.Lift)
+            attention.__dict__["out"] = out  # not a child
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,14 @@ def attentions(under: Probe, heads: int) -> Iterator[SelfAttention]:
         rest = len(result) - 1 if isinstance(result, tuple) else None
         for order in itertools.permutations(square):
             yield SelfAttention(order, owner, heads, masks[0] if masks else None, rest)
+
+
+def contexts(under: Probe, attention: SelfAttention) -> Iterator[Context]:
+    """Linears that get the context, by value; that nothing else gets it, the proof says."""
+    args, kwargs = under._calls[attention.owner][0]
+    result = under.module(attention.owner)(*args, **kwargs)
+    context = result[0] if isinstance(result, tuple) else result
+    yield from (Context((n,), attention.owner) for n in under.linears if _same(under.inputs[0].get(n), context))
 
 
 def add_norms(under: Probe) -> Iterator[AddNorm]:

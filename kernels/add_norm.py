@@ -16,7 +16,7 @@ TILE = 4096  # elements of one program
 
 @triton.jit
 def _add_norm(
-    x, residual, weight, bias, y, rows, n, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, residual, weight, bias, rows, n, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -28,20 +28,19 @@ def _add_norm(
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / n + eps)
     w = tl.load(weight + column, column < n, 0.0).to(tl.float32)
     b = tl.load(bias + column, column < n, 0.0).to(tl.float32)
-    tl.store(y + place, (centred * scale[:, None] * w + b).to(y.dtype.element_ty), inside)
+    tl.store(x + place, (centred * scale[:, None] * w + b).to(x.dtype.element_ty), inside)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x, residual [..., N] of one floating dtype of at most 32 bits, weight, bias [N]; y like x.
+def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x, residual [..., N] of one floating dtype of at most 32 bits, weight, bias [N]; the result takes the place of x.
 
-    A program holds all N features.
+    A program holds all N features of its rows, so it has read a row when it writes it.
     """
-    x, residual = x.contiguous(), residual.contiguous()
-    y, n = torch.empty_like(x), x.shape[-1]
+    x, residual, n = x.contiguous(), residual.contiguous(), x.shape[-1]
     width = triton.next_power_of_2(n)
     rows, at_once = x.numel() // n, max(1, TILE // width)
     with torch.cuda.device(x.device):
         _add_norm[(triton.cdiv(rows, at_once),)](
-            x, residual, weight, bias, y, rows, n, eps, ROWS=at_once, WIDTH=width, num_warps=8,
+            x, residual, weight, bias, rows, n, eps, ROWS=at_once, WIDTH=width, num_warps=8,
         )  # fmt: skip
-    return y
+    return x

@@ -87,14 +87,15 @@ def _weights(scores: Tensor, seen: Tensor | None) -> Tensor:
     return (wide if seen is None else wide + seen).softmax(-1).to(scores.dtype)
 
 
-def pieces(rows: int, lifted_bytes: int, gpu: bool) -> list[slice]:
+def pieces(rows: int, lifted_bytes: int, gpu: bool, narrow: bool = False) -> list[slice]:
     """Rows to take together where a row's lifted q, k and v take so many bytes; at least one piece.
 
-    On a GPU in three, which hold as much as y does, unless the bytes ask for more or fewer.
+    On a GPU in three, which hold as much as the context does, or in two where the whole context is not held (`narrow`),
+    unless the bytes ask for more or fewer.
     """
     total = rows * lifted_bytes
     if gpu:
-        count = max(-(-total // LIFTED_BYTES), min(3, total // LEAST_LIFTED_BYTES))
+        count = max(-(-total // LIFTED_BYTES), min(2 if narrow else 3, total // LEAST_LIFTED_BYTES))
     else:
         count = -(-total // CPU_LIFTED_BYTES)
     step = max(-(-rows // max(count, 1)), 1)

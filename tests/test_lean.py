@@ -19,7 +19,7 @@ from compressor.model import linears
 
 Tiny = Callable[..., nn.Module]
 SAME = 2e-6  # float32 sums in another order
-PARTS = (lean_modules.FFN, lean_modules.Attention, lean_modules.AddNorm, lean_modules.Rows, lean_modules.Single)
+PARTS = lean_modules.LEAN
 
 
 def low_rank(model: nn.Module, rank: int = 12, pivoted: bool = False) -> nn.Module:
@@ -58,7 +58,7 @@ def parts(model: nn.Module, wanted: dict[str, int]) -> dict[str, int]:
 
 
 EXPECTED = {  # of two blocks
-    "bert": {"FFN": 2, "Attention": 2, "AddNorm": 4, "Rows": 2, "Single": 8},
+    "bert": {"FFN": 2, "Attention": 2, "Lift": 2, "AddNorm": 4, "Rows": 2, "Single": 8},
     "phi3": {"Rows": 2, "Single": 8},  # gate and up are one linear
     "mixtral": {"FFN": 8, "Rows": 2},
     "gpt_neox": {"FFN": 2, "Rows": 2, "Single": 4, "AddNorm": 0},
