@@ -323,7 +323,7 @@ def feed_forwards(name: str, a: argparse.Namespace, kernels: dict[str, Any], com
 
 
 def attentions(name: str, a: argparse.Namespace, kernels: dict[str, Any], common: dict[str, Any]) -> None:
-    """From hidden states to the context, without the output projection."""
+    """From hidden states to what the output projection gives, without the norm."""
     model = encoder_of(SHAPES[name], a.length)
     factored = in_low_rank(model, a.keep)
     leaned = lean(copy.deepcopy(factored), row_tokens=a.rows * a.length)
@@ -331,10 +331,12 @@ def attentions(name: str, a: argparse.Namespace, kernels: dict[str, Any], common
     table = Table(f"attention {name}", a.cuda, a.repeats, common)
 
     def run(model: Any) -> Run:
-        module = model.to(a.device, a.dtype).encoder.layer[0].attention.self
-        return lambda: module(x)[0]
+        module = model.to(a.device, a.dtype).encoder.layer[0].attention
+        return lambda: module.output.dense(module.self(x)[0])
 
-    exact = copy.deepcopy(factored).to(a.device).encoder.layer[0].attention.self(x.float())[0]  # type: ignore[union-attr]
+    whole: Any = copy.deepcopy(factored).to(a.device)
+    single = whole.encoder.layer[0].attention
+    exact = single.output.dense(single.self(x.float())[0])
     table.row("dense", run(model), None)
     table.row("naive SVD", run(factored), exact)
     table.row("ours", run(leaned), exact)
@@ -342,7 +344,8 @@ def attentions(name: str, a: argparse.Namespace, kernels: dict[str, Any], common
         heads, hidden = SHAPES[name][2], SHAPES[name][0]
         rank = a.head_rank * hidden // heads // 64
         peer = PeerAttention(kernels["attention"], model.encoder.layer[0].attention.self, rank).to(a.device, a.dtype)
-        table.row(f"FlashSVD, rank {rank} a head", lambda: peer(x)[0], None)
+        out = single.output.dense.to(a.dtype)
+        table.row(f"FlashSVD, rank {rank} a head", lambda: out(peer(x)[0]), None)
 
 
 def full_rank(a: argparse.Namespace) -> None:

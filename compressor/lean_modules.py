@@ -202,7 +202,8 @@ class Attention(nn.Module):
         x = args[0] if args else kwargs["hidden_states"]
         grows = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
         weights = [known for m in self.span if (known := factors(m)) is not None]
-        if grows or len(weights) < len(self.span) or kwargs.get("output_attentions") or differentiated(x, *sum(weights, ())):
+        wanted = kwargs.get("output_attentions") or differentiated(x, *(t for one in weights for t in one))
+        if grows or len(weights) < len(self.span) or wanted:
             return super().forward(*args, **kwargs)
         mask = args[self.masked] if isinstance(self.masked, int) and len(args) > self.masked else None
         mask = kwargs.get(self.masked) if isinstance(self.masked, str) else mask
