@@ -30,7 +30,7 @@ from compressor import lean_modules
 from compressor import rank_values as rank_values_module
 from compressor.blockwise import HIDDEN, Call, base_of
 from compressor.fold_probe import Probe, distance
-from compressor.lean_modules import become, factors
+from compressor.lean_modules import become
 from compressor.lean_parts import (
     SAME,
     AddNorm,
@@ -105,7 +105,7 @@ def lean(
                 part.apply(block)
         used = {n for part in parts if isinstance(part, FeedForward) for n in part.names}
         for name, module in block.named_modules():
-            if type(module) is LowRankLinear and name not in used and factors(module) is not None:
+            if type(module) is LowRankLinear and name not in used:
                 become(module, lean_modules.Single)
     if any(isinstance(m, rank_values_module.Values) for m in model.modules()):
         rank_values_module.register(model)

@@ -63,14 +63,19 @@ def one_product(x: Tensor, span: tuple[nn.Module | None, ...]) -> None:
         lowrank_linear.side_by_side(downs)  # type: ignore[arg-type]
 
 
+def low_rank(module: LowRankLinear, x: Tensor) -> Tensor:
+    """One op while a graph is traced, unless its factors are no plain linears; otherwise two linears, as ever."""
+    down, up = module.down, module.up
+    if not torch.compiler.is_exporting() or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return LowRankLinear.forward(module, x)
+    return lowrank_linear.lowrank_linear(x, down.weight, up.weight, up.bias, down.bias, module.order)
+
+
 class Single(LowRankLinear):
     """One node of a graph; otherwise two linears, as ever."""
 
     def forward(self, x: Tensor) -> Tensor:
-        given = factors(self)
-        if given is None or not torch.compiler.is_exporting():
-            return super().forward(x)
-        return lowrank_linear.lowrank_linear(x, *given)
+        return low_rank(self, x)
 
 
 class Lift(Single):
@@ -127,6 +132,8 @@ class FFN(nn.Module):
 
 def _own(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a module computes by itself, also where it lets everything through now, or ends a feed-forward."""
+    if isinstance(module, LowRankLinear):
+        return functools.partial(low_rank, module)
     return functools.partial(_kind(module).forward, module)
 
 

@@ -376,7 +376,11 @@ def _low_rank(op: Body, x: ir.Value, v: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _lowrank_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
-    return _low_rank(op, v["x"], v)
+    order = v["order"]
+    if order is None:
+        return _low_rank(op, v["x"], v)
+    z = _matmul(op, v["x"], op.Cast(v["down"], to=FLOAT), v["down_bias"])
+    return op.Gather(op.Concat(z, _matmul(op, z, op.Cast(v["up"], to=FLOAT), v["bias"]), axis=-1), order, axis=-1)
 
 
 def _activated(op: Body, x: ir.Value, activation: str) -> ir.Value:

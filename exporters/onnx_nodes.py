@@ -34,7 +34,7 @@ INPUTS = {
     ),
     "FP4Embedding": ("ids", "weight_packed", "weight_scale", "weight_global_scale"),
     "IntEmbedding": ("ids", "weight_packed", "weight_scale"),
-    "LowRankLinear": ("x", "down", "up", "bias"),
+    "LowRankLinear": ("x", "down", "up", "bias", "down_bias", "order"),
     "LowRankFFN": (
         *("x", "in_down", "in_up", "in_bias", "mul_down", "mul_up", "mul_bias"),
         *("out_down", "out_up", "out_bias"),
@@ -63,7 +63,7 @@ EMBEDDINGS = ("FP4Embedding", "IntEmbedding")
 OPTIONAL = {"weight_global_scale", "input_global_scale", "bias", "input_scale", "input_offset", "input_shift"}
 OPTIONAL |= {"key", "value", "cos_cache", "sin_cache", "position_ids", "attention_bias"}
 OPTIONAL |= {"in_up", "in_bias", "mul_down", "mul_up", "mul_bias", "out_up", "out_bias"}
-OPTIONAL |= set(INPUTS["LowRankAttention"][3:])
+OPTIONAL |= {*INPUTS["LowRankLinear"][3:], *INPUTS["LowRankAttention"][3:]}
 SHAPE = ("K", "N")  # attributes that a body hands on: one body serves all shapes
 ATTRIBUTES = {
     "FP4Linear": ("format", "activations", "four_over_six", "block_size", "hadamard", *SHAPE),
@@ -260,8 +260,8 @@ def _emit_int_embedding(
     return emit_node("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)
 
 
-def _emit_lowrank_linear(x: Any, down: Any, up: Any, bias: Any) -> Any:
-    return emit_node("LowRankLinear", (x, down, up, _float(bias)), {})
+def _emit_lowrank_linear(x: Any, down: Any, up: Any, bias: Any, down_bias: Any = None, order: Any = None) -> Any:
+    return emit_node("LowRankLinear", (x, down, up, _float(bias), _float(down_bias), order), {})
 
 
 def _emit_lowrank_ffn(x: Any, *given: Any, **named: Any) -> Any:

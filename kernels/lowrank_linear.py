@@ -1,10 +1,12 @@
-"""compressor::lowrank_linear — y = (x · downᵀ) · upᵀ + b: a linear of rank R, in one call.
+"""compressor::lowrank_linear — a linear of rank R in one call: z · upᵀ + b, or (z, z · upᵀ + b)[order], z = x · downᵀ.
 
 Contract, all on one device:
-    x      [..., K]    any float dtype; y has the same
-    down   [R, K]      any float dtype
-    up     [N, R]      any float dtype
-    bias   [N]         float, optional
+    x           [..., K]              any float dtype; y [..., N] has the same
+    down        [R, K]                any float dtype
+    up          [N, R] or [N - R, R]  any float dtype; the second is the pivoted form (lowrank.py)
+    bias        one a row of `up`     float, optional
+    down_bias   [R]                   float, optional; of the outputs that z holds, so pivoted only
+    order       [N] int64             pivoted only: the place of each output in (z, z · upᵀ + b)
 `reference` is the specification. On a CPU the op runs the fused kernel where it was built (kernels/ort): float32 sums,
 bfloat16 factors read as they are stored.
 """
@@ -63,8 +65,17 @@ def _adjacent(matrices: Sequence[Tensor]) -> bool:
     )
 
 
-def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x, (down, up, bias))
+def reference(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down_bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    z = product(x, (down, None, down_bias))
+    y = product(z, (up, None, bias))
+    return y if order is None else torch.cat((z, y), -1).index_select(-1, order)
 
 
 def run_native(op: str, attributes: dict[str, str | int], x: Tensor, factors: list[Factors | None]) -> Tensor:
@@ -80,15 +91,21 @@ def _readable(matrix: Tensor | None) -> Tensor | None:
     return matrix if matrix is None or matrix.dtype == torch.bfloat16 else matrix.float()
 
 
-def _fused(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+def _fused(x, down, up, bias, down_bias=None, order=None) -> Tensor:
     if x.dtype == torch.float64:
-        return reference(x, down, up, bias)
-    return run_native("LowRankLinear", {}, x, [(down, up, bias)])
+        return reference(x, down, up, bias, down_bias, order)
+    biases = (None if b is None else b.float() for b in (bias, down_bias))
+    tensors = [x.float(), _readable(down), _readable(up), *biases, order]
+    return native.run("LowRankLinear", {}, tensors, (*x.shape[:-1], _outputs(up, order))).to(x.dtype)
+
+
+def _outputs(up: Tensor, order: Tensor | None) -> int:
+    return up.shape[0] if order is None else order.shape[0]
 
 
 lowrank_linear = native.op("lowrank_linear", reference, _fused)
 
 
 @lowrank_linear.register_fake
-def _(x, down, up, bias):
-    return x.new_empty((*x.shape[:-1], up.shape[0]))
+def _(x, down, up, bias, down_bias=None, order=None):
+    return x.new_empty((*x.shape[:-1], _outputs(up, order)))

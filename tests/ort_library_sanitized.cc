@@ -129,6 +129,12 @@ std::vector<Case> cases(int64_t n) {
       auto& in = add("LowRankLinear", k, {});
       factor(in, type, rank, k), factor(in, type, n, rank);
       in.push_back(rank == 16 ? Buffer() : Buffer(FLOAT, {n}));
+      if (n > rank && n > 4) {  // integers are below 5
+        auto& pivoted = add("LowRankLinear", k, {});
+        factor(pivoted, type, rank, k), factor(pivoted, type, n - rank, rank);
+        pivoted.emplace_back(FLOAT, Shape{n - rank}), pivoted.emplace_back(FLOAT, Shape{rank});
+        pivoted.emplace_back(INT64, Shape{n});
+      }
       const bool gated = rank != 1, dense = rank == 45;
       auto& ffn = add("LowRankFFN", k, {{"activation", gated ? "silu" : "gelu"}});
       for (bool there : {true, gated})

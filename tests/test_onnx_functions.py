@@ -395,6 +395,18 @@ def test_lowrank_linear(bias: bool) -> None:
     close(runner("LowRankLinear", {}, tensors), lambda x: lowrank_linear(x, *tensors.values()))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_lowrank_linear_whose_outputs_are_partly_its_ranks(bias: bool) -> None:
+    torch.manual_seed(0)
+    tensors = low_rank(N - 7, K, 7, bias=bias)
+    tensors |= {"down_bias": torch.randn(7) if bias else None, "order": torch.randperm(N)}
+    expected = lambda x: lowrank_linear(x, *tensors.values())  # noqa: E731
+    close(runner("LowRankLinear", {}, tensors), expected)
+    moved = {**tensors, "order": tensors["order"].roll(1)}
+    with pytest.raises(AssertionError):
+        close(runner("LowRankLinear", {}, moved), expected)
+
+
 @pytest.mark.parametrize(("gated", "ranks"), [(False, (8, 0, 5)), (True, (8, 9, 5)), (True, (0, 9, 0))])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_lowrank_ffn(activation: str, gated: bool, ranks: tuple[int, int, int]) -> None:

@@ -138,7 +138,15 @@ def factors(n: int, k: int, rank: int, dtype: torch.dtype, bias: bool = True) ->
 
 def lowrank_case(n: int, k: int, rank: int, dtype: torch.dtype, bias: bool = True) -> Case:
     down, up, b = factors(n, k, rank, dtype, bias)
-    return Case("LowRankLinear", {}, [down, up, b], lambda x: lowrank_linear.reference(x, down, up, b), k, n)
+    given = [down, up, b, None, None]
+    return Case("LowRankLinear", {}, given, lambda x: lowrank_linear.reference(x, *given), k, n)  # type: ignore[arg-type]
+
+
+def pivoted_case(n: int, k: int, rank: int, dtype: torch.dtype, bias: bool = True) -> Case:
+    down, up, b = factors(n - rank, k, rank, dtype, bias)
+    extra = [torch.randn(rank, generator=generator(rank)) if bias else None, torch.randperm(n, generator=generator(n))]
+    given = [down, up, b, *extra]
+    return Case("LowRankLinear", {}, given, lambda x: lowrank_linear.reference(x, *given), k, n)  # type: ignore[arg-type]
 
 
 def ffn_case(n: int, k: int, activation: str, gated: bool, dtype: torch.dtype, ranks=(31, 33, 20), bias=True) -> Case:
@@ -179,6 +187,8 @@ def cases(n: int) -> Iterator[Case]:
         yield float_case(n, 100, "e2m1", rule, shift=True)
     for dtype, (k, rank) in itertools.product((torch.float32, torch.bfloat16), ((1, 1), (33, 31), (513, 63))):
         yield lowrank_case(n, k, rank, dtype, bias=k != 33)
+        if rank < n:
+            yield pivoted_case(n, k, rank, dtype, bias=k != 33)
     for activation, gated in itertools.product(lowrank_ffn.ACTIVATIONS, (False, True)):
         yield ffn_case(n, 63, activation, gated, torch.bfloat16 if gated else torch.float32, bias=activation != "silu")
     yield ffn_case(n, 63, "gelu", True, torch.float32, ranks=(0, 5, 0))
@@ -297,6 +307,7 @@ def test_the_number_of_threads_changes_no_bit(chosen: str) -> None:
         fp4_case(513, 1600, "nvfp4", "none"), fp4_case(513, 576, "nvfp4", "nvfp4"),
         int_case(513, 1025, 8, 0, "int8", packed=False), fp8_case(513, 1025, "fp8"),
         float_case(513, 1008, "e3m2", "none", 16), lowrank_case(513, 1025, 100, torch.bfloat16),
+        pivoted_case(513, 1025, 100, torch.bfloat16),
         ffn_case(513, 1025, "gelu", True, torch.float32, ranks=(300, 100, 0)),
     ):  # fmt: skip
         for tokens in (1, 31, 200):
@@ -346,10 +357,14 @@ def test_tensors_that_do_not_fit_are_one_sentence() -> None:
     ]:
         with pytest.raises(CompressorError, match=sentence):
             native.run("FP4Linear", case.attributes, wrong, (1, 4), 1)
-    low, wide = lowrank_case(4, 32, 3, torch.float32), ffn_case(4, 32, "relu", False, torch.float32)
+    low, turned = lowrank_case(4, 32, 3, torch.float32), pivoted_case(9, 32, 3, torch.float32)
+    wide = ffn_case(4, 32, "relu", False, torch.float32)
     for case, at, other, sentence in [
         (low, 1, torch.zeros(4, 5), r"up has shape \[4, 5\], expected \[any, 3\]"),
         (low, 0, torch.zeros(3, 32).half(), "down has element type 0"),
+        (turned, 4, torch.arange(9) + 1, r"order\[8\] is 9; there are outputs 0 to 8"),
+        (turned, 4, torch.arange(8), r"order has shape \[8\], expected \[9\]"),
+        (turned, 4, None, "down_bias is of outputs that z holds, which `order` must name"),
         (wide, 6, torch.zeros(4, 99), "its linears are 127 x 32 and 4 x 99, which do not follow one another"),
     ]:
         tensors = [*case.inputs[:at], other, *case.inputs[at + 1 :]]
@@ -408,6 +423,7 @@ IN_ONNXRUNTIME = [
     fp4_case(65, 96, "nvfp4", "none"), fp4_case(65, 96, "mxfp4", "mxfp4"), int_case(65, 63, 4, 16),
     int_case(65, 63, 8, 0, "int8_static", packed=False, offset=True), fp8_case(65, 63, "fp8"),
     float_case(65, 64, "e3m2", "e4m3_static", shift=True), lowrank_case(65, 63, 20, torch.bfloat16),
+    pivoted_case(65, 63, 20, torch.bfloat16),
     ffn_case(65, 63, "gelu", True, torch.bfloat16), ffn_case(65, 63, "silu", False, torch.float32, bias=False),
 ]  # fmt: skip
 

@@ -29,7 +29,12 @@ std::unique_ptr<Kernel> create(const Attributes&) { return std::make_unique<LowR
 
 extern const Op LOWRANK_LINEAR = {
     "LowRankLinear",
-    {{"x", FLOAT32}, {"down", ANY_TYPE}, {"up", ANY_TYPE}, {"bias", FLOAT32, OPTIONAL}},
+    {{"x", FLOAT32},
+     {"down", ANY_TYPE},
+     {"up", ANY_TYPE},
+     {"bias", FLOAT32, OPTIONAL},
+     {"down_bias", FLOAT32, OPTIONAL},
+     {"order", INT64, OPTIONAL}},
     create,
 };
 
@@ -59,19 +64,51 @@ void low_rank_linear(const LowRank& m, const float* x, int64_t tokens, float* z,
 
 namespace {
 
+// N: with `order` z holds outputs too, and each output is one of its numbers or of up's.
+int64_t outputs(const LowRank& m, const std::vector<Tensor>& in) {
+  const Op& op = LOWRANK_LINEAR;
+  if (in[4]) expect(op, in, 4, {FLOAT32}, {m.rank});
+  if (!in[5]) {
+    if (in[4]) throw Error("LowRankLinear: down_bias is of outputs that z holds, which `order` must name.");
+    return m.rows;
+  }
+  const int64_t count = m.rank + m.rows;
+  expect(op, in, 5, {INT64}, {count});
+  const int64_t* order = static_cast<const int64_t*>(in[5].data);
+  for (int64_t n = 0; n < count; ++n)
+    if (order[n] < 0 || order[n] >= count)
+      throw Error("LowRankLinear: order[" + std::to_string(n) + "] is " + std::to_string(order[n]) +
+                  "; there are outputs 0 to " + std::to_string(count - 1) + ".");
+  return count;
+}
+
 std::vector<int64_t> LowRankLinear::shape(const std::vector<Tensor>& in) const {
   const LowRank m = low_rank(LOWRANK_LINEAR, in, 1);
-  return output_shape(LOWRANK_LINEAR, in[0], m.columns, m.rows, Rounding());
+  return output_shape(LOWRANK_LINEAR, in[0], m.columns, outputs(m, in), Rounding());
 }
 
 void LowRankLinear::run(const std::vector<Tensor>& in, float* y, const Threads& threads) const {
   const LowRank m = low_rank(LOWRANK_LINEAR, in, 1);
-  thread_local std::vector<float> z;
-  const int64_t tokens = in[0].elements() / m.columns;
-  for (int64_t start = 0; start < tokens; start += TOKENS_AT_ONCE) {
-    const int64_t count = std::min(TOKENS_AT_ONCE, tokens - start);
-    z.resize(std::max(z.size(), size_t(count * m.rank)));
-    low_rank_linear(m, in[0].floats() + start * m.columns, count, z.data(), y + start * m.rows, threads);
+  const int64_t* order = static_cast<const int64_t*>(in[5].data);
+  const int64_t tokens = in[0].elements() / m.columns, width = m.rows + (order ? m.rank : 0);
+  const int64_t most = std::min(tokens, TOKENS_AT_ONCE);
+  thread_local std::vector<float> memory;  // as `scratch` of linear.cc: grown, never shrunk
+  memory.resize(std::max(memory.size(), size_t(most * (order ? width : m.rank))));
+  float *const z = memory.data(), *const rest = z + most * m.rank;
+  const Rounding none;
+  for (int64_t start = 0; start < tokens; start += most) {
+    const int64_t count = std::min(most, tokens - start);
+    const float* x = in[0].floats() + start * m.columns;
+    float* to = y + start * width;
+    if (!order) {
+      low_rank_linear(m, x, count, z, to, threads);
+      continue;
+    }
+    linear(m.down, none, x, count, in[4].floats(), z, threads);
+    linear(m.up, none, z, count, m.bias, rest, threads);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t n = 0; n < width; ++n)
+        to[t * width + n] = order[n] < m.rank ? z[t * m.rank + order[n]] : rest[t * m.rows + order[n] - m.rank];
   }
 }
 
