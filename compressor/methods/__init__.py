@@ -44,6 +44,7 @@ from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
+from compressor.methods.r_sparse import RSparse
 from compressor.methods.recover import Recover
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
@@ -59,6 +60,7 @@ METHODS = {
     "rotate": Rotate,
     "smooth": Smooth,
     "svd": SVD,
+    "r_sparse": RSparse,
     "cfsp": CFSP,
     "depth": Depth,
     "experts": Experts,

@@ -1,0 +1,138 @@
+"""R-Sparse: linears that do not read the weights of small inputs. See docs/r_sparse.md.
+
+Nothing is trained and no weight is removed: a SparseLinear holds a threshold a channel, and what it skips depends on
+the token. Later steps quantize its `inner` linear, and its pair, like any other. What is left out and what that costs
+is sparsity.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressor import sparsity
+from compressor.calibrate import Calibration
+from compressor.errors import ModelError
+from compressor.layers import hadamard_of
+from compressor.model import linears
+from compressor.sensitivity import Fisher
+from compressor.sparse import SparseLinear
+from compressor.sparsity import Activations, Choices
+from compressor.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Decisions:
+    fisher: Mapping[str, Tensor]
+    choices: Mapping[str, Choices]
+
+
+@dataclass(frozen=True)
+class RSparse:
+    """`sparsity` is the share of the targeted linears' weights that a token does not read, all layers together."""
+
+    sequential: ClassVar[bool] = False
+
+    sparsity: float = 0.5
+    score: Literal["magnitude", "columns", "fisher"] = "columns"
+    allocation: Literal["uniform", "kl"] = "kl"
+    alpha: float | None = 1.0  # share of what is read that is columns and not a pair; null: of each layer the best
+    tokens: Literal["decode", "all"] = "decode"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= sparsity.LEVELS[-1]:
+            raise ValueError(f"sparsity {self.sparsity:g} must be from 0 to {sparsity.LEVELS[-1]:g}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha {self.alpha:g} is not a share; give a number from 0 to 1, or null")
+        if self.alpha is None and self.allocation == "uniform":
+            raise ValueError("alpha: null is chosen with the sparsities; set allocation: kl, or give a number")
+
+    @property
+    def sensitivity(self) -> Literal["error", "kl"]:
+        return "kl" if self.allocation == "kl" or self.score == "fisher" else "error"
+
+    def outline(self, model: nn.Module, names: Collection[str]) -> None:
+        """SparseLinears, all of the same sparsity."""
+        layers = linears(model)
+        for name in names:
+            n, k = layers[name].weight.shape
+            rank = sparsity.rank_of((n, k), Choices(1.0 if self.alpha is None else self.alpha, self.sparsity))
+            bias = layers[name].bias is not None
+            model.set_submodule(name, SparseLinear.shaped(n, k, self.tokens, bias=bias, rank=rank))
+
+    def survey_needs(self) -> set[type[Statistic]]:
+        return {Activations} if self.allocation == "kl" else set()
+
+    def survey(
+        self, layers: Mapping[str, nn.Linear], calibration: Calibration, fisher: Fisher | None
+    ) -> dict[str, dict[Choices, float]]:
+        """What every choice costs the layers of one block."""
+        assert fisher is not None
+        alphas = sparsity.ALPHAS if self.alpha is None else (self.alpha,)
+        found = {}
+        for name, layer in layers.items():
+            weight, outputs = layer.weight.detach().float(), fisher.inputs[name]
+            x = sparsity.usual(calibration.value(name, Activations).to(weight.device))
+            c = sparsity.scores(weight, self.score, outputs)
+            found[name] = sparsity.losses(weight, x, c, outputs, alphas)
+        return found
+
+    def decide(
+        self,
+        tables: Mapping[str, dict[Choices, float]],
+        shapes: Mapping[str, tuple[int, int]],
+        fisher: Fisher | None,
+    ) -> Decisions:
+        """(alpha, sparsity) of all layers of the step."""
+        inputs = {} if fisher is None else fisher.inputs
+        if self.allocation == "kl":
+            return Decisions(inputs, sparsity.share_out(tables, shapes, self.sparsity))
+        assert self.alpha is not None
+        return Decisions(inputs, dict.fromkeys(shapes, Choices(self.alpha, self.sparsity)))
+
+    def needs(self) -> set[type[Statistic]]:
+        return {Activations}
+
+    def reshape(self, model: nn.Module, calibration: Calibration, decisions: Decisions) -> dict[str, Any]:
+        """Put the linears that `calibration` has into SparseLinears."""
+        report: dict[str, Any] = {}
+        for name, layer in linears(model).items():
+            if name not in calibration:
+                continue
+            if hadamard_of(layer):
+                raise ModelError(f"{name}: its input is rotated, and the threshold is not; put rotate after r_sparse.")
+            choice = decisions.choices[name]
+            weight = layer.weight.detach().float()
+            x = sparsity.usual(calibration.value(name, Activations).to(weight.device))
+            c = sparsity.scores(weight, self.score, decisions.fisher.get(name))
+            threshold = sparsity.thresholds(x, c, 1 - (1 - choice.sparsity) * choice.alpha)
+            rank = sparsity.rank_of(tuple(weight.shape), choice)  # type: ignore[arg-type]
+            a, b = sparsity.pair(weight, rank) if rank else (None, None)
+            model.set_submodule(name, _sparse(layer, threshold, self.tokens, a, b))
+            report[name] = {"sparsity": choice.sparsity, "alpha": choice.alpha, "rank": rank}
+        return report
+
+
+def _sparse(layer: nn.Linear, threshold: Tensor, tokens: str, a: Tensor | None, b: Tensor | None) -> SparseLinear:
+    """A [N, R], B [R, K] of what is left out, or None; all in values that bf16 holds."""
+    inner = nn.Linear(1, 1, device="meta")
+    inner.out_features, inner.in_features = layer.weight.shape
+    inner.bias = layer.bias
+    down = up = None
+    weight = layer.weight.detach()
+    if a is not None and b is not None:
+        down, up = _factor(b), _factor(a)
+        weight = weight - (up.weight @ down.weight).to(weight.dtype)
+    inner.weight = nn.Parameter(weight.to(torch.bfloat16).to(layer.weight.dtype), False)
+    return SparseLinear(inner, threshold, tokens, down, up)
+
+
+def _factor(weight: Tensor) -> nn.Linear:
+    made = nn.Linear(1, 1, False, device="meta")
+    made.out_features, made.in_features = weight.shape
+    made.weight = nn.Parameter(weight.to(torch.bfloat16).float(), False)
+    return made
