@@ -61,15 +61,19 @@ def scores(weight: Tensor, rule: str, fisher: Tensor | None) -> Tensor:
     return (fisher.to(w)[:, None] * w.square()).sum(0).sqrt().float()
 
 
-def thresholds(x: Tensor, c: Tensor, dropped: float) -> Tensor:
-    """[K] float32: |x_j| above it stays, so that `dropped` of all values of x [T, K] go."""
-    count = round(dropped * x.numel())
+def ranked(x: Tensor, c: Tensor) -> Tensor:
+    """|x_j| c_j of all values of x [T, K], ascending."""
+    return (x.abs() * c).flatten().sort().values
+
+
+def thresholds(ranked: Tensor, c: Tensor, dropped: float) -> Tensor:
+    """[K] float32: |x_j| above it stays, so that `dropped` of all ranked values go."""
+    count = round(dropped * len(ranked))
     if count <= 0:
         return torch.zeros_like(c)
-    if count >= x.numel():
+    if count >= len(ranked):
         return torch.full_like(c, torch.inf)
-    t = (x.abs() * c).flatten().kthvalue(count).values
-    return torch.where(c > 0, t / c, torch.inf)
+    return torch.where(c > 0, ranked[count - 1] / c, torch.inf)
 
 
 def rank_of(shape: tuple[int, int], choice: Choices) -> int:
@@ -88,6 +92,7 @@ def losses(
     """What each choice costs in nats of KL: half the mean over tokens of Σ_n F_n (error of output n)²."""
     weight, f = weight.float(), fisher.to(weight)
     found = weighted_svd(weight) if min(alphas) < 1 else None
+    order = ranked(x, c)
     table: dict[Choices, float] = {}
     for alpha in alphas:
         for level in LEVELS:
@@ -96,7 +101,7 @@ def losses(
             if found is not None and (rank := rank_of(tuple(weight.shape), choice)):  # type: ignore[arg-type]
                 a, b = found.factors(rank)
                 rest = weight - (a @ b).float()
-            gone = x * (x.abs() <= thresholds(x, c, 1 - (1 - level) * alpha))
+            gone = x * (x.abs() <= thresholds(order, c, 1 - (1 - level) * alpha))
             table[choice] = 0.5 * ((gone @ rest.T).square() @ f).mean().item()
     return table
 

@@ -109,7 +109,7 @@ class RSparse:
             weight = layer.weight.detach().float()
             x = sparsity.usual(calibration.value(name, Activations).to(weight.device))
             c = sparsity.scores(weight, self.score, decisions.fisher.get(name))
-            threshold = sparsity.thresholds(x, c, 1 - (1 - choice.sparsity) * choice.alpha)
+            threshold = sparsity.thresholds(sparsity.ranked(x, c), c, 1 - (1 - choice.sparsity) * choice.alpha)
             rank = sparsity.rank_of(tuple(weight.shape), choice)  # type: ignore[arg-type]
             a, b = sparsity.pair(weight, rank) if rank else (None, None)
             model.set_submodule(name, _sparse(layer, threshold, self.tokens, a, b))
