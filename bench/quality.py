@@ -184,6 +184,7 @@ ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfs
 ROWS["depth-10"] = ("depth-10", [], None)
 
 
+LONGER = ["search_windows=8", "population=32", "generations=30"]
 for share in (25, 40, 50):
     for rule, options in {
         "TEAL": ["score=magnitude", "allocation=uniform"],  # one threshold a layer, one sparsity for all
@@ -191,6 +192,11 @@ for share in (25, 40, 50):
         "magnitude": ["score=magnitude"],
         "fisher": ["score=fisher"],
         "with pairs": ["alpha=null"],
+        "greedy in equal blocks": ["allocation=greedy", "start=uniform"],
+        "greedy": ["allocation=greedy"],
+        "evolutionary": ["allocation=evolutionary"],
+        "evolutionary, longer": ["allocation=evolutionary", *LONGER],
+        "evolutionary with pairs": ["allocation=evolutionary", "alpha=null", *LONGER],
     }.items():
         chosen = [f"r_sparse.{option}" for option in (f"sparsity={share / 100}", *options)]
         ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, f"r-sparse-{share}")
