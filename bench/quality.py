@@ -199,7 +199,7 @@ for share in (25, 40, 50):
         "evolutionary with pairs": ["allocation=evolutionary", "alpha=null", *LONGER],
     }.items():
         chosen = [f"r_sparse.{option}" for option in (f"sparsity={share / 100}", *options)]
-        ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, f"r-sparse-{share}")
+        ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, None if rule == "TEAL" else f"r-sparse-{share}")
     ROWS[f"r-sparse-{share}"] = ("r-sparse-50", [f"r_sparse.sparsity={share / 100}"], f"r-sparse-{share}, TEAL")
 ROWS["r-sparse-40-w4a16"] = ("r-sparse-40-w4a16", [], "w4a16-gptq")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from compressor.sparsity import LEVELS, Choices
 
 STEP = 0.05  # of a layer's weights, that a trial of `greedy` leaves unread in addition
 MOST = LEVELS[-1]
-SPREAD, SIGMA, RATE = 0.05, 0.1, 0.1  # σ around the start, σ of a mutation, share of the genes that mutate
+SIGMA, RATE = 0.1, 0.1  # σ of a mutation, share of the layers that mutate where it is not a group
 ELITE = 4  # one in so many of the population are parents
 STALE = 2  # generations without a better one, after which `evolve` ends
 
@@ -59,6 +59,10 @@ class Tried:
     sparsities: Tensor
     alphas: Tensor
 
+    def genes(self) -> Tensor:
+        """[n, 2]"""
+        return torch.stack((self.sparsities, self.alphas), 1)
+
     def named(self, names: Sequence[str]) -> dict[str, Choices]:
         pairs = zip(self.alphas.tolist(), self.sparsities.tolist(), strict=True)
         return {n: Choices(*genes) for n, genes in zip(names, pairs, strict=True)}
@@ -77,10 +81,13 @@ def evolve(
     population: int,
     generations: int,
     alphas: bool,
+    groups: Sequence[Collection[str]] = (),
 ) -> tuple[dict[str, Choices], list[float]]:
     """The best choices found, never worse than `start`, and the least cost: the start's, then after each generation.
 
-    alphas: whether they change too. The same generator state and costs give the same answer.
+    alphas: whether they change too; groups: layers that every other mutation moves together, such as those of a block:
+    of hundreds of genes, the errors of a start that was estimated are alike within them.
+    The same generator state and costs give the same answer.
     """
     names = list(start)
     weights = torch.tensor([sizes[n] for n in names], dtype=torch.float64)
@@ -91,21 +98,25 @@ def evolve(
         one = Tried(math.nan, fitted(genes[:, 0], weights, target), genes[:, 1].clamp(0, 1))
         return Tried(cost(one.named(names)), one.sparsities, one.alphas)
 
-    def noise() -> Tensor:
+    def mutated(genes: Tensor) -> Tensor:
         drawn = torch.randn(first.shape, generator=generator, dtype=torch.float64)
-        return drawn if alphas else drawn * torch.tensor([1.0, 0.0])
+        which = torch.rand(len(names), generator=generator) < RATE
+        if groups and torch.rand((), generator=generator) < 0.5:
+            drawn = drawn[:1].expand_as(drawn)
+            group = groups[int(torch.randint(len(groups), (), generator=generator))]
+            which = torch.tensor([n in group for n in names])
+        return genes + SIGMA * drawn * which[:, None] * torch.tensor([1.0, float(alphas)])
 
     alive = [Tried(cost(start), first[:, 0], first[:, 1])]
-    alive += [tried(first + SPREAD * noise()) for _ in range(population - 1)]
+    alive += [tried(mutated(first)) for _ in range(population - 1)]
     history = [alive[0].cost, min(one.cost for one in alive)]
     for _ in range(generations):
         parents = sorted(alive, key=lambda one: one.cost)[: max(1, population // ELITE)]
         alive = list(parents)
         while len(alive) < population:
-            a, b = (parents[i] for i in torch.randint(len(parents), (2,), generator=generator).tolist())
-            pick, mutate = torch.rand((2, len(names), 1), generator=generator) < torch.tensor([[[0.5]], [[RATE]]])
-            genes = torch.where(pick, *(torch.stack((one.sparsities, one.alphas), 1) for one in (a, b)))
-            alive.append(tried(genes + SIGMA * noise() * mutate))
+            a, b = (parents[i].genes() for i in torch.randint(len(parents), (2,), generator=generator).tolist())
+            pick = torch.rand((len(names), 1), generator=generator) < 0.5
+            alive.append(tried(mutated(torch.where(pick, a, b))))
         history.append(min(one.cost for one in alive))
         if len(history) > STALE + 1 and history[-1] == history[-1 - STALE]:
             break

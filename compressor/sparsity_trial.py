@@ -7,7 +7,7 @@ KL(dense ‖ sparse), of an encoder 1 − cosine of the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,11 +137,20 @@ def evolved(
                 raise NumericsError("r_sparse: a trial of the search gives NaN; check the model's weights.")
             return total / len(windows)
 
-        chosen, history = evolve(first, sizes, cost, generator, population, generations, alphas)
+        chosen, history = evolve(first, sizes, cost, generator, population, generations, alphas, _groups(model, first))
     run.progress.note(
         f"evolutionary: KL {history[0]:.4f} at the start, {history[-1]:.4f} in {len(history) - 2} generations"
     )
     return chosen
+
+
+def _groups(model: nn.Module, names: Collection[str]) -> list[set[str]]:
+    """The layers of one block, and those that are called alike in all blocks."""
+    inside = [{n for n in names if n.startswith(f"{block}.")} for block, _ in blocks(model)]
+    alike = [
+        {n for n in names if n.rpartition(".")[2] == kind} for kind in sorted({n.rpartition(".")[2] for n in names})
+    ]
+    return [group for group in (*inside, *alike) if group]
 
 
 def _kept(out: Any) -> Tensor:

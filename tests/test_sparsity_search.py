@@ -61,10 +61,10 @@ def test_fitted_moves_all_by_one_amount_and_keeps_the_mean():
     assert abs((found * weights).sum() / weights.sum() - 0.5) < 1e-12
 
 
-def evolution(start, cost, seed=0, alphas=False, population=12, generations=8):
+def evolution(start, cost, seed=0, alphas=False, population=12, generations=8, groups=()):
     sizes = {name: 100 * (i + 1) for i, name in enumerate(start)}
     generator = torch.Generator().manual_seed(seed)
-    return sizes, evolve(start, sizes, cost, generator, population, generations, alphas)
+    return sizes, evolve(start, sizes, cost, generator, population, generations, alphas, groups)
 
 
 def test_evolution_betters_its_start_within_the_budget_the_same_way_each_time():
@@ -85,6 +85,18 @@ def test_evolution_betters_its_start_within_the_budget_the_same_way_each_time():
     mixed = {str(i): Choices(0.9, 0.5) for i in range(6)}
     _, (free, _) = evolution(mixed, lambda c: sum(one.alpha for one in c.values()), alphas=True)
     assert sum(c.alpha for c in free.values()) < 5.2 and min(c.alpha for c in free.values()) >= 0
+
+
+def test_groups_move_together():
+    """Half of 40 layers should have less, half more, which single genes find slowly."""
+    start = {str(i): Choices(1.0, 0.5) for i in range(40)}
+    groups = [[str(i) for i in range(40) if i % 2 == odd] for odd in (0, 1)]
+
+    def cost(choices):
+        return sum((c.sparsity - (0.3 if i % 2 else 0.7)) ** 2 for i, c in enumerate(choices.values()))
+
+    ends = [evolution(start, cost, groups=g)[1][1][-1] for g in ((), groups)]
+    assert ends[1] < 0.5 * ends[0]
 
 
 def test_evolution_gives_back_a_start_that_nothing_beats():
