@@ -13,6 +13,7 @@ A line a row goes to bench/results/core_neurons.jsonl.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -55,9 +56,9 @@ def spent(model: Any, core: Core, window: Tensor, prompt: int) -> list[Tensor]:
     return found
 
 
-def quality(model: Any, text: Tensor, prompt: int, share: float, score: Any, within: Any) -> dict[str, Any]:
+def quality(model: Any, text: Tensor, prompt: int, share: float, score: Any, fill: Any, within: Any) -> dict[str, Any]:
     found, held = [], []
-    with core_neurons(model, share, score=score, within=within) as core:
+    with core_neurons(model, share, score=score, fill=fill, within=within) as core:
         for window in text:
             energies = spent(model, core, window, prompt)
             found.append(losses(model, window, prompt, core))
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.5, 0.4, 0.2])
     parser.add_argument("--scores", nargs="+", default=["contribution", "positive"])
+    parser.add_argument("--fills", nargs="+", default=["mean", "zero"])
     parser.add_argument("--within", type=int, nargs=2, metavar=("FIRST", "LAST"), help="blocks that have a core [all]")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
@@ -136,12 +138,13 @@ def main() -> None:
     else:
         within = range(arguments.within[0], arguments.within[1] + 1) if arguments.within else None
         base = torch.stack([losses(model, window, arguments.prompt) for window in text]).double().mean().exp().item()
-        print(f"dense: perplexity {base:.2f}\n\n| share | score | perplexity | x dense | energy held | least layer |")
-        print("|---|---|---:|---:|---:|---:|")
+        print(f"dense: perplexity {base:.2f}\n")
+        print("| share | score | fill | perplexity | x dense | energy held | least layer |")
+        print("|---|---|---|---:|---:|---:|---:|")
         rows = []
-        for share, score in ((share, score) for share in arguments.shares for score in arguments.scores):
-            row = quality(model, text, arguments.prompt, share, score, within)
-            rows.append({"share": share, "score": score, "windows": len(text), "within": arguments.within,
+        for share, score, fill in itertools.product(arguments.shares, arguments.scores, arguments.fills):
+            row = quality(model, text, arguments.prompt, share, score, fill, within)
+            rows.append({"share": share, "score": score, "fill": fill, "windows": len(text), "within": arguments.within,
                          "base_ppl": base} | row)  # fmt: skip
             cells = (
                 f"{row['ppl']:.2f}",
@@ -149,7 +152,7 @@ def main() -> None:
                 f"{row['energy']:.3f}",
                 f"{row['energy_least']:.3f}",
             )
-            print(f"| {share:g} | {score} | {' | '.join(cells)} |", flush=True)
+            print(f"| {share:g} | {score} | {fill} | {' | '.join(cells)} |", flush=True)
     with RESULTS.open("a") as file:
         file.writelines(json.dumps(about | row) + "\n" for row in rows)
 

@@ -11,8 +11,10 @@ anew. Nothing is trained or stored, and the model is what it was afterwards.
     contribution   Σ_t |a_n(t)| ‖Wd_:n‖        what leaving n out would take away, whatever its sign
     positive       how often a_n(t) is among the token's largest positive ones, Wang et al.'s
 
-One sentence at a time: two sentences have different cores. A neuron's own memory is not freed; the gathered weights
-come on top.
+A neuron outside the core gives nothing, or with `fill` "mean" what it gave in the mean of the prompt's tokens: all of
+them together are one bias, W_d ā (An et al. 2024, "FLAP", who do so in pruning).
+
+One sentence at a time: two have different cores. All weights stay in memory; the gathered ones come on top.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ PROBES = 8  # tokens that run dense for a refresh: 6 % of the decoded ones at 12
 SAME = 0.8  # Jaccard index of two cores of a layer, from which on they count as one
 TOKEN_SHARE = 0.4  # of a token's positive activations, which `positive` counts: Wang et al.'s alpha
 
+Fill = Literal["zero", "mean"]
 Score = Literal["contribution", "positive"]
 
 
@@ -62,7 +65,7 @@ def size_of(neurons: int, share: float, multiple: int) -> int:
 class Layer:
     """The core of one feed-forward layer, and its linears with all their weights and with the core's."""
 
-    def __init__(self, model: nn.Module, what: Prunable, share: float, score: Score, multiple: int):
+    def __init__(self, model: nn.Module, what: Prunable, share: float, score: Score, fill: Fill, multiple: int):
         self.name, self.rule = what.readers[0], score
         self.readers: list[Any] = [model.get_submodule(n) for n in what.readers]
         self.size = size_of(what.units, share, multiple)
@@ -80,26 +83,39 @@ class Layer:
                     small = nn.Parameter(whole.new_empty(shape), False)
                     self.parts.append((module, name, axis, units.to(whole.device), whole, small))
         self.plain = all(torch.equal(units.cpu(), torch.arange(what.units)) for _, _, _, units, _, _ in self.parts)
+        # (module, all of its weight, its bias, the core's with what the other neurons give in the mean)
+        self.biases: list[tuple[nn.Linear, Tensor, nn.Parameter | None, nn.Parameter]] = []
+        if fill == "mean" and self.size < what.units:
+            for r in self.readers:
+                self.biases.append(
+                    (r, r.weight.detach(), r.bias, nn.Parameter(r.weight.new_empty(r.out_features), False))
+                )
         self.forget()
 
     def forget(self) -> None:
         """A new sentence begins."""
-        self.score: Tensor | None = None
+        self.score: Tensor | None = None  # [D], and the mean of what the down projection reads [D]
+        self.mean: Tensor | None = None
         self.chosen: Tensor | None = None
-        self.fresh, self.seen = torch.zeros_like(self.norms), 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.fresh, self.sums, self.seen = torch.zeros_like(self.norms), torch.zeros_like(self.norms), 0
 
     def look(self, x: Tensor) -> None:
         """x [T, D] is what the down projection reads of T more tokens."""
         self.fresh += contribution(x, self.norms) if self.rule == "contribution" else positive(x)
+        self.sums += x.sum(0, dtype=torch.float32)
         self.seen += len(x)
 
     def choose(self) -> bool:
         """Settle the core by all that was seen, half of it by what came last; whether weights were gathered."""
         if not self.seen:
             return False
-        mean = self.fresh / self.seen
-        self.score = mean if self.score is None else (self.score + mean) / 2
-        self.fresh, self.seen = torch.zeros_like(self.norms), 0
+        score, mean = self.fresh / self.seen, self.sums / self.seen
+        self.score = score if self.score is None else (self.score + score) / 2
+        self.mean = mean if self.mean is None else (self.mean + mean) / 2
+        self._clear()
         best = self.score.topk(self.size).indices.sort().values
         if self.chosen is not None:
             common = torch.isin(best, self.chosen).sum().item()
@@ -109,12 +125,18 @@ class Layer:
         for _, _, axis, units, whole, small in self.parts:
             places = best if self.plain else torch.isin(units, best).nonzero()[:, 0]
             torch.index_select(whole.detach(), axis, places, out=small.data)
+        rest = self.mean.index_fill(0, best, 0.0)
+        for _, weight, bias, filled in self.biases:
+            given = weight @ rest.to(weight.dtype)
+            filled.data.copy_(given if bias is None else given + bias.detach())
         return True
 
     def use(self, core: bool) -> None:
         """Have the linears multiply with the core's weights, or with all of them."""
         for module, name, _, _, whole, small in self.parts:
             module._parameters[name] = small if core else whole
+        for reader, _, bias, filled in self.biases:
+            reader._parameters["bias"] = filled if core else bias
 
 
 class Core:
@@ -190,6 +212,7 @@ def core_neurons(
     share: float = 0.4,
     *,
     score: Score = "contribution",
+    fill: Fill = "mean",
     refresh: int | None = 128,
     multiple: int = 64,
     within: Collection[int] | None = None,
@@ -197,6 +220,7 @@ def core_neurons(
     """Inside, `model` decodes with the core neurons of each prompt; it needs a key-value cache, as generate has.
 
     share      of each layer's neurons, to the nearest `multiple`
+    score, fill   how they are chosen, and what stands for the others: above
     refresh    tokens after which a few run dense to see whether the core has changed; None: never
     within     numbers of the blocks to which it applies; None: all
     Raises ModelError for experts, for a model without feed-forward layers whose neurons can be told apart, and for
@@ -211,7 +235,7 @@ def core_neurons(
     inside = tuple(f"{n}." for i, (n, _) in enumerate(blocks(model)) if within is None or i in within)
     with torch.inference_mode(False):  # what is found is found by derivatives, and the core's weights outlive the mode
         found = [w for w in find_prunable(model) if w.kind == "ffn" and w.readers[0].startswith(inside)]
-        layers = [Layer(model, what, share, score, multiple) for what in found]
+        layers = [Layer(model, what, share, score, fill, multiple) for what in found]
     if not layers:
         raise ModelError(
             f"{type(model).__name__}: no feed-forward layer of plain linears was found in the blocks asked for."

@@ -39,10 +39,11 @@ def test_all_neurons_are_the_dense_model_bitwise_and_nothing_stays_changed(tiny,
     assert torch.equal(decoded(model, IDS, 40), dense)
 
 
+@pytest.mark.parametrize("fill", ["mean", "zero"])
 @pytest.mark.parametrize("which", WIDE)
-def test_a_core_is_the_model_with_the_other_neurons_silenced(tiny, which):
+def test_a_core_is_the_model_with_the_other_neurons_silenced(tiny, which, fill):
     model, silenced = tiny(which, **WIDE[which]), tiny(which, **WIDE[which])
-    with core_neurons(model, 0.5) as core, torch.no_grad():
+    with core_neurons(model, 0.5, fill=fill) as core, torch.no_grad():
         found = decoded(model, IDS, 40)[1:]
         again = model(input_ids=IDS[:, :40], use_cache=True)
         with core.held():
@@ -50,11 +51,20 @@ def test_a_core_is_the_model_with_the_other_neurons_silenced(tiny, which):
         chosen = {layer.name: layer.chosen for layer in core.layers}
         assert all(len(c) == 128 for c in chosen.values())
     assert (at_once - found).abs().max() < 1e-4
+    means = {}
+    for name in chosen:
+        reader = silenced.get_submodule(name)
+        reader.register_forward_pre_hook(lambda r, args: means.update({r: args[0].reshape(40, -1)[1:].mean(0)}))
     with torch.no_grad():
         cache = silenced(input_ids=IDS[:, :40], use_cache=True).past_key_values
         for name, c in chosen.items():
-            weight = silenced.get_submodule(name).weight
-            weight[:, ~torch.isin(torch.arange(256), c)] = 0
+            reader = silenced.get_submodule(name)
+            others = ~torch.isin(torch.arange(256), c)
+            if fill == "mean":
+                bias = reader.weight[:, others] @ means[reader][others]
+                reader.bias = torch.nn.Parameter(bias if reader.bias is None else bias + reader.bias)
+            reader.weight[:, others] = 0
+            reader._forward_pre_hooks.clear()
         expected = silenced(input_ids=IDS[:, 40:], past_key_values=cache).logits[0]
     assert (expected - found).abs().max() < 1e-4
 
