@@ -228,6 +228,8 @@ def core_neurons(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share:g} of the neurons must be above 0 and at most 1")
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh {refresh} is no number of tokens; give 1 or more, or None for never")
     if mixtures(model):
         raise ModelError(
             f"{type(model).__name__} has experts, which see few tokens of a prompt: core neurons do not fit."

@@ -137,6 +137,8 @@ def test_errors(tiny):
     model = tiny("llama")
     with pytest.raises(ValueError, match="share 0 of the neurons must be above 0"), core_neurons(model, 0.0):
         pass
+    with pytest.raises(ValueError, match="refresh 0 is no number"), core_neurons(model, refresh=0):
+        pass
     with pytest.raises(ModelError, match="of one sentence, and 2 were given"), core_neurons(model):
         model(input_ids=IDS.repeat(2, 1))
     with pytest.raises(ModelError, match="has experts"), core_neurons(tiny("mixtral")):

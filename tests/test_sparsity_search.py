@@ -41,17 +41,17 @@ def test_greedy_meets_the_budget_and_takes_the_cheap_layer_first(target):
 
 
 def test_greedy_is_not_worse_than_equal_sparsities_where_steps_mislead():
-    """The first steps of layer 0 are free and the rest is dear."""
+    """A first step of layer 1 is dear and those behind it are free, so that steps go to layer 0 for too long."""
 
     def error(s):
-        return (100.0 if s[0] > 0.5 else 0.0) + s[1] + s[1] ** 2
+        return 0.01 * min(s[0], 0.3) + max(0.0, s[0] - 0.3) + 2 * min(s[1], 0.05)
 
-    def trap(s):
-        return 50 * max(0.0, s[0] - 0.31) + max(0.0, s[1] - 0.02) * 0.1 + (40 if s[1] > 0.31 else 0)
+    assert error([0.6, 0.0]) > error([0.3, 0.3]) and greedy([10, 10], 0.3, error) == [0.3, 0.3]
 
-    for cost in (error, trap):
-        found = greedy([10, 10], 0.3, cost)
-        assert cost(found) <= cost([0.3, 0.3]) and abs(share(found, [10, 10]) - 0.3) < 1e-12
+
+def test_greedy_counts_costs_by_the_weight():
+    found = greedy([100, 1000], 0.4, lambda s: 4 * 100 * s[0] ** 2 + 1000 * s[1] ** 2)
+    assert abs(found[0] - found[1] / 4) < 0.051  # the best, to a step
 
 
 def test_fitted_moves_all_by_one_amount_and_keeps_the_mean():

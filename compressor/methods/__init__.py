@@ -20,6 +20,7 @@ A structural step puts modules of other shapes in place of linears, before anyth
     outline(model, names)                              the shapes that its budget implies, on a model without values
     sensitivity, survey_needs(), survey(…)             as above, but survey looks at one block at a time
     decide(looked, shapes, fisher) -> decisions        of the surveys of all blocks
+    search(model, names, decisions, run, generator) -> decisions    only of one that tries them out on the model
     needs(), reshape(model, calibration, decisions) -> report
     or rewrite(model, names, run) -> report            of one that runs the model itself
 
