@@ -119,7 +119,8 @@ def main() -> None:
     text, model = text.to(arguments.device), loaded.model
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     about = {"commit": git.stdout.strip(), **{k: v for k, v in vars(arguments).items() if k in ("prompt", "tokens")}}
-    about |= {"model": Path(loaded.source).name, "device": arguments.device}
+    about |= {"model": Path(loaded.source).name, "device": arguments.device,
+              "threads": torch.get_num_threads()}  # fmt: skip
     if arguments.speed:
         print("| share | ms to the first decoded token | of it choosing and gathering | tokens a second | x dense |")
         print("|---|---:|---:|---:|---:|")
