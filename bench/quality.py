@@ -184,6 +184,26 @@ ROWS["cfsp-30-recover"] = ("cfsp-30-recover", [], "30% of the channels, obs, cfs
 ROWS["depth-10"] = ("depth-10", [], None)
 
 
+LONGER = ["search_windows=8", "population=32", "generations=30"]
+for share in (25, 40, 50):
+    for rule, options in {
+        "TEAL": ["score=magnitude", "allocation=uniform"],  # one threshold a layer, one sparsity for all
+        "columns, equal sparsity": ["allocation=uniform"],
+        "magnitude": ["score=magnitude"],
+        "fisher": ["score=fisher"],
+        "with pairs": ["alpha=null"],
+        "greedy in equal blocks": ["allocation=greedy", "start=uniform"],
+        "greedy": ["allocation=greedy"],
+        "evolutionary": ["allocation=evolutionary"],
+        "evolutionary, longer": ["allocation=evolutionary", *LONGER],
+        "evolutionary with pairs": ["allocation=evolutionary", "alpha=null", *LONGER],
+    }.items():
+        chosen = [f"r_sparse.{option}" for option in (f"sparsity={share / 100}", *options)]
+        ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, None if rule == "TEAL" else f"r-sparse-{share}")
+    ROWS[f"r-sparse-{share}"] = ("r-sparse-50", [f"r_sparse.sparsity={share / 100}"], f"r-sparse-{share}, TEAL")
+ROWS["r-sparse-40-w4a16"] = ("r-sparse-40-w4a16", [], "w4a16-gptq")
+
+
 def reference_of(row: str, known: Collection[str]) -> str | None:
     """What a row is compared with among `known`: its reference, or that one's, and so on."""
     reference = ROWS[row][2]

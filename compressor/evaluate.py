@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compressor import data
 from compressor.errors import DataError, ModelError
 from compressor.progress import Progress, Silent
+from compressor.sparse import everywhere
 
 KL_WINDOWS = 16
 RESAMPLES = 1000
@@ -69,7 +70,8 @@ def measure(run: Runner, windows: Tensor, base: Runner | None = None, *, progres
     progress.stage("evaluate", len(windows))
     for index, window in enumerate(windows):
         ids = window.unsqueeze(0)
-        scores = torch.log_softmax(run(ids)[0, :-1], dim=-1)
+        with everywhere():
+            scores = torch.log_softmax(run(ids)[0, :-1], dim=-1)
         target = window[1:].unsqueeze(-1)
         losses.append(-scores.gather(-1, target).double().mean())
         if base is not None:
@@ -111,7 +113,8 @@ def compare_encoders(run: Runner, windows: Tensor, base: Runner, *, progress: Pr
     progress.stage("evaluate", len(windows))
     for window in windows:
         ids = window.unsqueeze(0)
-        cosines.append(torch.cosine_similarity(run(ids), base(ids), dim=-1).double().mean())
+        with everywhere():
+            cosines.append(torch.cosine_similarity(run(ids), base(ids), dim=-1).double().mean())
         progress.advance()
     return {"cosine": torch.stack(cosines).mean().item(), "tokens": windows.numel()}
 

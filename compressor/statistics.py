@@ -252,26 +252,31 @@ class TokenSample(Statistic):
 
     def __init__(self, features: int):
         self.kept = torch.empty(0, features, dtype=torch.bfloat16)
+        self.ranks = torch.empty(0, dtype=torch.long)  # of the kept rows, ascending
 
     @classmethod
     def start(cls, features: int) -> Self:
         return cls(features)
 
     def add(self, x: Tensor) -> None:
-        self._keep(x.bfloat16().cpu())
+        rows = x.bfloat16()
+        # Odd multipliers that differ from channel to channel, then the middle bits of the sum: plain modular hashing.
+        factors = torch.arange(rows.shape[1], device=x.device) * 2_654_435_761 % (1 << 31) | 1
+        ranks = ((rows.view(torch.int16).long() * factors).sum(-1) * 40_503 >> 13) % (1 << 31)
+        self._keep(rows, ranks)
         self.tokens += len(x)
 
     def merge(self, other: Self) -> None:
-        self._keep(other.kept)
+        self._keep(other.kept, other.ranks)
         self.tokens += other.tokens
 
-    def _keep(self, rows: Tensor) -> None:
-        rows = torch.cat((self.kept, rows))
-        words = rows.view(torch.int16).long()
-        # Odd multipliers that differ from channel to channel, then the middle bits of the sum: plain modular hashing.
-        factors = torch.arange(rows.shape[1]) * 2_654_435_761 % (1 << 31) | 1
-        ranks = ((words * factors).sum(-1) * 40_503 >> 13) % (1 << 31)
-        self.kept = rows[ranks.argsort(stable=True)[: self.SIZE]]
+    def _keep(self, rows: Tensor, ranks: Tensor) -> None:
+        if len(self.kept) == self.SIZE:  # most rows of a long text end here
+            better = ranks < self.ranks[-1].item()
+            rows, ranks = rows[better], ranks[better]
+        rows, ranks = torch.cat((self.kept, rows.cpu())), torch.cat((self.ranks, ranks.cpu()))
+        first = ranks.argsort(stable=True)[: self.SIZE]
+        self.kept, self.ranks = rows[first], ranks[first]
 
     def value(self) -> Tensor:
         self._require_tokens()

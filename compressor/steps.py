@@ -20,7 +20,7 @@ from torch import nn
 from compressor.calibrate import Calibration, calibrate, calibrate_blocks
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan
-from compressor.methods.structural import Rewriting
+from compressor.methods.structural import Rewriting, Searching
 from compressor.methods.transform import stores
 from compressor.model import embedding_name, linears, twin
 from compressor.paired import calibrate_pairs
@@ -62,6 +62,9 @@ def reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str,
     if isinstance(options, Rewriting):
         return options.rewrite(model, names, run)
     decisions = _decide(model, step, names, recipe, run)
+    if isinstance(options, Searching):
+        generator = torch.Generator().manual_seed(recipe.seed)
+        decisions = options.search(model, names, decisions, run, generator)
     report: dict[str, Any] = {}
 
     def reshape_part(part: Calibration) -> None:

@@ -1,8 +1,9 @@
 """In which modules a model differs from the one that its config describes: what steps that change shapes leave behind.
 
 Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
-again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer) or by one of low
-rank. What a config can say itself (a width that all layers share, the number of layers) is no difference.
+again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer), by one of low rank
+or by one that skips small inputs. What a config can say itself (a width that all layers share, the number of layers)
+is no difference.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.lowrank import LowRankLinear
+from compressor.sparse import SparseLinear
 
 
 @dataclass(frozen=True)
 class Shaped:
     """The class and shape of one module; `attributes` are JSON and the arguments that make it."""
 
-    kind: str  # "linear" | "lowrank_linear"
+    kind: str  # "linear" | "lowrank_linear" | "sparse_linear"
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
@@ -42,13 +44,21 @@ def _linear(out_features: int, in_features: int, bias: bool) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias, device="meta")
 
 
-KINDS: dict[str, Any] = {"linear": _linear, "lowrank_linear": LowRankLinear.shaped}
+KINDS: dict[str, Any] = {
+    "linear": _linear,
+    "lowrank_linear": LowRankLinear.shaped,
+    "sparse_linear": SparseLinear.shaped,
+}
 
 Structure = dict[str, Shaped]
 
 
 def shape_of(module: nn.Module) -> Shaped | None:
-    """What `module` is, None where it is neither a linear nor one of low rank."""
+    """What `module` is, None where it is no kind of linear."""
+    if isinstance(module, SparseLinear):
+        bias = getattr(module.inner, "bias", None)
+        said: dict[str, Any] = {"rank": module.rank, "tokens": module.tokens}
+        return Shaped("sparse_linear", _size(module) | said | {"bias": bias is not None})
     if isinstance(module, LowRankLinear):
         own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
         bias = getattr(module.up, "bias", None)
@@ -91,9 +101,9 @@ def hollow(model: nn.Module) -> nn.Module:
 
 
 def unit_of(model: nn.Module, name: str) -> str:
-    """The name that the linear `name` had in the original: that of the low-rank linear which it is a factor of."""
+    """The name that the linear `name` had in the original: that of the low-rank or sparse one which it is a part of."""
     owner = name.rpartition(".")[0]
-    return owner if isinstance(model.get_submodule(owner), LowRankLinear) else name
+    return owner if isinstance(model.get_submodule(owner), LowRankLinear | SparseLinear) else name
 
 
 def as_json(structure: Mapping[str, Shaped]) -> list[dict[str, Any]]:

@@ -24,7 +24,9 @@ from compressor.artifact import Artifact
 from compressor.data import text_of, windows
 from compressor.errors import CompressorError
 from compressor.folder import load
+from compressor.kernels import sparsify
 from compressor.layers import QuantEmbedding, QuantLinear, QuantModule, build
+from compressor.sparse import SparseLinear
 from compressor.verify import FAILED, LIBRARY, OK, Check, relative
 
 PROMPT_TOKENS = 48
@@ -49,15 +51,20 @@ def padded_pair(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids.expand(2, -1) * mask, mask
 
 
-def rounds_activations(artifact: Artifact) -> bool:
-    return any(p.attributes.get("activations", "none") != "none" for p in artifact.packed.values())
+def jumps(artifact: Artifact) -> list[str]:
+    """What makes the model's arithmetic jump, so that sums in another order may change a value much."""
+    rounds = any(p.attributes.get("activations", "none") != "none" for p in artifact.packed.values())
+    sparse = any(shaped.kind == "sparse_linear" for shaped in artifact.structure.values())
+    return ["activation rounding"] * rounds + ["sparsity"] * sparse
 
 
-def without_activation_rounding(model: torch.nn.Module) -> torch.nn.Module:
-    """Switch activation quantization off in place: same weights, smooth arithmetic."""
+def smooth(model: torch.nn.Module) -> torch.nn.Module:
+    """Switch quantization and sparsity of activations off in place: same weights, smooth arithmetic."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.attributes["activations"] = "none"
+        if isinstance(module, SparseLinear):
+            module.tokens = "none"
     return model
 
 
@@ -88,14 +95,14 @@ def check_torch(folder: Path, scratch: Path) -> list[Check]:
     if not np.isfinite(reference["deployed"]).all():
         return [Check("torch", "logits", FAILED, "NaN or Inf")]
     noise = 0.0
-    if rounds_activations(artifact):
+    if jumps(artifact):
         exact = artifact.model(dense=True)
         for module in exact.modules():
             if isinstance(module, QuantLinear) and module.dense is not None:
                 module.dense = module.dense.double()
         noise = divergence(reference["deployed"], _output(exact, ids))
         rows.append(Check("torch", "rounding noise", OK, f"KL {noise:.1e} between float32 and float64 sums"))
-        model = without_activation_rounding(model)
+        model = smooth(model)
     reference["smooth"] = _output(model, ids)
     if artifact.kind == "causal-lm":
         with torch.inference_mode():
@@ -157,11 +164,13 @@ def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") ->
     if not rows:
         rows.append(Check(name, "nodes", OK, f"{len(nodes)} nodes, worst {worst:.1e} ({where})"))
     noise = float(reference["noise"])
-    if rounds_activations(artifact):
+    if left_out := jumps(artifact):
         rows.append(_noise(name, reference["deployed"], outputs[_result(outputs)], noise))
-    without = smooth_graph(read_graph(folder)) if rounds_activations(artifact) else None
+    if "sparsity" in left_out:
+        rows.append(_sparsity(name, folder, ids, artifact))
+    without = smooth_graph(read_graph(folder)) if left_out else None
     smooth = OnnxSession(folder, without, name == LIBRARY)
-    view = " without activation rounding" if rounds_activations(artifact) else ""
+    view = f" without {' or '.join(left_out)}" if left_out else ""
     logits, _ = smooth.prefill(ids)
     rows.append(_within(name, f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE))
     if artifact.kind == "causal-lm":
@@ -179,6 +188,30 @@ def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") ->
         found = relative(both[mask.bool()].numpy(), reference["batch"][mask.bool()])
         rows.append(_within(name, f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
     return rows
+
+
+def _sparsity(name: str, folder: Path, ids: Tensor, artifact: Artifact) -> Check:
+    """A step of decoding: every node gives bit for bit what our op gives for its input."""
+    from compressor.runtimes import OnnxSession, expose, read_graph
+
+    graph = read_graph(folder)
+    nodes = [n for n in graph.graph.node if n.op_type == "Sparsify"]
+    expose(graph, [v for n in nodes for v in (n.input[0], n.output[0])])
+    session = OnnxSession(folder, graph, name == LIBRARY)
+    _, past = session.prefill(ids[:, :-1])
+    outputs = session.run(ids[:, -1:], past)
+    sparse = {n: m for n, m in artifact.model().named_modules() if isinstance(m, SparseLinear)}
+    thresholds = {n.input[1]: n.input[1].removesuffix(".threshold") for n in nodes}
+    if set(thresholds.values()) != set(sparse):
+        return Check(name, "sparsity", FAILED, f"{len(thresholds)} nodes for {len(sparse)} layers")
+    read = total = 0
+    for node in nodes:
+        module = sparse[thresholds[node.input[1]]]
+        x, y = (torch.from_numpy(outputs[value]) for value in (node.input[0], node.output[0]))
+        if not torch.equal(y, sparsify.reference(x, module.get_buffer("threshold"), module.tokens)):
+            return Check(name, "sparsity", FAILED, f"{thresholds[node.input[1]]}: keeps other inputs than our op")
+        read, total = read + int((y != 0).sum()) * module.out_features, total + y.numel() * module.out_features
+    return Check(name, "sparsity", OK, f"{len(nodes)} nodes bit for bit; a decoded token read {read / total:.2f}")
 
 
 def check_optimum(folder: Path, scratch: Path) -> list[Check]:
@@ -277,7 +310,7 @@ def check_transformers(folder: Path, scratch: Path) -> list[Check]:
     auto = AutoModel if artifact.kind == "encoder" else AutoModelForCausalLM
     found = _output(auto.from_pretrained(folder, dtype=torch.bfloat16).eval(), ids)
     own = _output(artifact.model(torch.bfloat16, dense=True), ids)
-    if rounds_activations(artifact):
+    if jumps(artifact):
         noise = max(float(reference["noise"]), divergence(reference["deployed"], own))
         rows.append(_noise("transformers", reference["deployed"], found, noise))
     else:

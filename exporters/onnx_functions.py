@@ -431,6 +431,18 @@ def _lowrank_attention(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> 
     return op.Reshape(y, [0, 0, -1])
 
 
+def _sparsify(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    x = v["x"]
+    if a["tokens"] == "none":
+        return op.Identity(x)
+    length = op.Shape(x, start=-2, end=-1)
+    dense = op.Greater(length, [1])  # longer rows: all of their tokens, or the first
+    if a["tokens"] == "all":
+        places = op.Unsqueeze(op.Range(0, op.Squeeze(length), 1), [-1])
+        dense = op.And(op.Equal(places, 0), dense)
+    return op.Where(op.Or(op.Greater(op.Abs(x), v["threshold"]), dense), x, 0.0)
+
+
 def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     size = op.Shape(v["x"], start=-1)
     half = op.Div(size, [2])
@@ -464,6 +476,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "LowRankLinear": _lowrank_linear,
     "LowRankFFN": _lowrank_ffn,
     "LowRankAttention": _lowrank_attention,
+    "Sparsify": _sparsify,
     "SwiGLU": _swiglu,
     "GroupQueryAttention": _attention,
 }

@@ -104,12 +104,14 @@ def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> di
 
 
 def smooth_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph without rounding of activations: same weights, same wiring."""
+    """The same graph without rounding of activations and with all of them: same weights, same wiring."""
     import onnx_ir as ir
 
     model = ir.from_proto(graph)
     for node in model.graph:
         if node.domain == onnx_nodes.DOMAIN and "activations" in node.attributes:
             node.attributes["activations"] = ir.AttrString("activations", "none")
+        if node.domain == onnx_nodes.DOMAIN and node.op_type == "Sparsify":
+            node.attributes["tokens"] = ir.AttrString("tokens", "none")
     onnx_functions.attach_bodies(model)
     return ir.to_proto(model)

@@ -43,6 +43,7 @@ INPUTS = {
         *("query", "key", "value", "query_up", "key_up", "value_up"),
         *("query_bias", "key_bias", "value_bias", "mask"),
     ),
+    "Sparsify": ("x", "threshold"),
     "SwiGLU": ("x",),
     "GroupQueryAttention": (
         "query",
@@ -75,6 +76,7 @@ ATTRIBUTES = {
     "LowRankLinear": (),
     "LowRankFFN": ("activation",),
     "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
+    "Sparsify": ("tokens",),
     "SwiGLU": (),
     "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }
@@ -106,6 +108,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         lowrank_attention,
         lowrank_ffn,
         lowrank_linear,
+        sparsify,
     )
 
     ops = torch.ops.compressor
@@ -119,6 +122,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         ops.lowrank_linear.default: _emit_lowrank_linear,
         ops.lowrank_ffn.default: _emit_lowrank_ffn,
         ops.lowrank_attention.default: _emit_lowrank_attention,
+        ops.sparsify.default: _emit_sparsify,
         ops.grouped_attention.default: onnx_attention.emit,
     }
 
@@ -258,6 +262,10 @@ def _emit_int_embedding(
 ) -> Any:
     attributes = {"bits": bits, "group_size": group_size, "in_features": in_features}
     return emit_node("IntEmbedding", (ids, weight_packed, _float(weight_scale)), attributes)
+
+
+def _emit_sparsify(x: Any, threshold: Any, tokens: str) -> Any:
+    return emit_node("Sparsify", (x, _float(threshold)), {"tokens": tokens})
 
 
 def _emit_lowrank_linear(x: Any, down: Any, up: Any, bias: Any, down_bias: Any = None, order: Any = None) -> Any:

@@ -20,6 +20,7 @@ A structural step puts modules of other shapes in place of linears, before anyth
     outline(model, names)                              the shapes that its budget implies, on a model without values
     sensitivity, survey_needs(), survey(…)             as above, but survey looks at one block at a time
     decide(looked, shapes, fisher) -> decisions        of the surveys of all blocks
+    search(model, names, decisions, run, generator) -> decisions    only of one that tries them out on the model
     needs(), reshape(model, calibration, decisions) -> report
     or rewrite(model, names, run) -> report            of one that runs the model itself
 
@@ -44,6 +45,7 @@ from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
+from compressor.methods.r_sparse import RSparse
 from compressor.methods.recover import Recover
 from compressor.methods.rotate import Rotate
 from compressor.methods.smooth import Smooth
@@ -59,6 +61,7 @@ METHODS = {
     "rotate": Rotate,
     "smooth": Smooth,
     "svd": SVD,
+    "r_sparse": RSparse,
     "cfsp": CFSP,
     "depth": Depth,
     "experts": Experts,

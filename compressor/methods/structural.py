@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from compressor.calibrate import Calibration
@@ -54,6 +55,16 @@ class ByBlock(Structural, Protocol):
 
         Called block by block with that block's statistics, the block being where it ran.
         """
+
+
+@runtime_checkable
+class Searching(Structural, Protocol):
+    """A step by block that may better its decisions by running the model with them."""
+
+    def search(
+        self, model: nn.Module, names: Collection[str], decisions: Any, run: Run, generator: torch.Generator
+    ) -> Any:
+        """What `reshape` takes in place of `decisions`; `model` stays as it is."""
 
 
 @runtime_checkable
