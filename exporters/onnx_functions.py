@@ -443,6 +443,18 @@ def _sparsify(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     return op.Where(op.Or(op.Greater(op.Abs(x), v["threshold"]), dense), x, 0.0)
 
 
+def _sparse_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    """The mask, then what the inner linear computes."""
+    x, weight, scale = _sparsify(op, v, a), v["weight"], v["weight_scale"]
+    if a["format"] == "float":
+        return _matmul(op, x, op.Cast(weight, to=FLOAT), v["bias"])
+    if a["format"] == "int4":
+        shape = {name: op.attribute(name) for name in SHAPE}
+        return op.MatMulNBits(x, weight, scale, None, None, v["bias"], bits=4, block_size=a["block_size"], **shape)
+    inner = {**v, "x": x, "weight_packed": weight, "input_global_scale": None}
+    return _fp4_linear(op, inner, {**a, "activations": "none", "hadamard": 0})
+
+
 def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     size = op.Shape(v["x"], start=-1)
     half = op.Div(size, [2])
@@ -477,6 +489,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "LowRankFFN": _lowrank_ffn,
     "LowRankAttention": _lowrank_attention,
     "Sparsify": _sparsify,
+    "SparseLinear": _sparse_linear,
     "SwiGLU": _swiglu,
     "GroupQueryAttention": _attention,
 }

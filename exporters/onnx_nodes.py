@@ -44,6 +44,7 @@ INPUTS = {
         *("query_bias", "key_bias", "value_bias", "mask"),
     ),
     "Sparsify": ("x", "threshold"),
+    "SparseLinear": ("x", "threshold", "weight", "weight_scale", "weight_global_scale", "bias"),
     "SwiGLU": ("x",),
     "GroupQueryAttention": (
         "query",
@@ -77,6 +78,7 @@ ATTRIBUTES = {
     "LowRankFFN": ("activation",),
     "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
     "Sparsify": ("tokens",),
+    "SparseLinear": ("format", "tokens", "block_size", *SHAPE),
     "SwiGLU": (),
     "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }

@@ -149,6 +149,25 @@ std::vector<Case> cases(int64_t n) {
       factor(ffn, type, rank, wide), factor(ffn, type, n, rank);
       ffn.emplace_back(FLOAT, Shape{n});
     }
+  // Half of the channels, from a copy that is turned for few tokens; x has a row a token.
+  for (const char* format : {"float", "bf16", "int4", "nvfp4", "mxfp4"})
+    for (int64_t k : {32, 33, 1760}) {
+      const std::string name = format;
+      if (k == 33 && name != "float" && name != "bf16") continue;
+      auto& in = add("SparseLinear", k, {{"format", name == "bf16" ? "float" : name}, {"tokens", "all"},
+                                         {"constant", ""}});
+      in.emplace_back(FLOAT, Shape{k});
+      if (name == "float") in.emplace_back(FLOAT, Shape{n, k});
+      if (name == "bf16") in.emplace_back(BFLOAT16, Shape{n, k}, 0x40);
+      if (name == "int4") in.emplace_back(UINT8, Shape{n, k / 32, 16});
+      if (name[0] == 'n' || name[0] == 'm') in.emplace_back(UINT8, Shape{n, k / 2});
+      if (name[1] == 'l' || name[1] == 'f') in.emplace_back();
+      if (name == "int4") in.emplace_back(FLOAT, Shape{n, k / 32});
+      if (name == "nvfp4") in.emplace_back(E4M3, Shape{n, k / 16}, 0x7F);
+      if (name == "mxfp4") in.emplace_back(UINT8, Shape{n, k / 32}, 140);
+      in.push_back(name == "nvfp4" ? Buffer(FLOAT, {1}) : Buffer());
+      in.emplace_back(FLOAT, Shape{n});
+    }
   add("SwiGLU", 2 * n, {{"name", ""}});
   return all;
 }

@@ -30,6 +30,7 @@ from compressor.kernels import (
     lowrank_ffn,
     lowrank_linear,
     native,
+    sparsify,
 )
 from compressor.kernels.activations import STATIC_FLOATS
 
@@ -158,6 +159,34 @@ def ffn_case(n: int, k: int, activation: str, gated: bool, dtype: torch.dtype, r
         "LowRankFFN", {"activation": activation}, given,
         lambda x: lowrank_ffn.reference(x, *given, activation), k, n,
     )  # fmt: skip
+
+
+def sparse_case(
+    n: int, k: int, format: str, tokens: str = "decode", dtype: torch.dtype = torch.float32, kept: float = 0.5
+) -> Case:
+    """`kept`: the share of normal inputs; 1: all but zeros. `case` tells kernels apart that keep a copy of a weight."""
+    rng = generator(n, k)
+    threshold = torch.full((k,), torch.tensor(1 - kept).erfinv().item() * 2**0.5)
+    block = {"float": 0, "nvfp4": 16}.get(format, 32)
+    attributes = {"format": format, "tokens": tokens, "block_size": block, "K": k, "N": n}
+    if format == "float":
+        weight, b = torch.randn(n, k, generator=rng).to(dtype), torch.randn(n, generator=rng)
+        given, inner = [weight, None, None, b], lambda x: lowrank_linear.product(x, (weight, None, b))
+    elif format == "int4":
+        words, scale, b, *_ = int_case(n, k, 4, block).inputs
+        given = [words.view(torch.uint8).view(n, k // block, block // 2), scale, None, b]
+        inner = lambda x: int_linear.reference(x, words, scale, b, 4, block, "none", None, None, 0)  # noqa: E731
+    else:
+        case = fp4_case(n, k, format, "none")
+        given, inner = [*case.inputs[:3], case.inputs[4]], case.reference
+    return Case(
+        "SparseLinear", attributes | {"constant": 1, "case": next(COUNTER)}, [threshold, *given],
+        lambda x: inner(sparsify.reference(x, threshold, tokens)), k, n,
+    )  # fmt: skip
+
+
+COUNTER = itertools.count()
+SPARSE = [("float", k) for k in (1, 31, 33, 127)] + [("int4", 96), ("nvfp4", 48), ("mxfp4", 800)]
 
 
 def cases(n: int) -> Iterator[Case]:
@@ -302,6 +331,44 @@ def test_embeddings_have_the_same_bits(chosen: str) -> None:
         assert torch.equal(found, int_embedding.reference(ids, words, scale, bits, group, k))
 
 
+@pytest.mark.parametrize(("format", "k"), SPARSE)
+def test_sparse_linears_read_what_is_large(chosen: str, format: str, k: int) -> None:
+    """Few tokens and many, in one row or each its own; all channels, half of them, none; inputs at the threshold."""
+    shapes = [(1, 1), (2, 1), (7, 1), (33, 1), (1, 2), (1, 7), (2, 33)]
+    for n, kept, tokens in itertools.product((1, 33, 130), (1.0, 0.5, 0.0), ("decode", "all", "none")):
+        case = sparse_case(n, k, format, tokens, kept=kept)
+        threshold = case.inputs[0]
+        for shape in shapes if kept == 0.5 else shapes[:2]:
+            x = torch.randn(*shape, k, generator=generator(*shape, k))
+            if kept == 0.5:
+                x[..., ::3] = threshold[::3] * x[..., ::3].sign()  # left out
+            expected = case.reference(x)
+            measure = (x.abs() @ torch.ones(k)).max() * 20  # a single sum may cancel
+            assert (case(x) - expected).abs().max() <= TOLERANCE * measure, (n, kept, tokens, shape)
+            assert all(torch.equal(case(x), case(x, threads)) for threads in (2, 4))
+
+
+def test_what_no_token_reads_is_not_touched(chosen: str) -> None:
+    """NaN in the weights of small inputs: a product that reads them is NaN."""
+    case = sparse_case(130, 64, "float", dtype=torch.bfloat16)
+    threshold, weight, *_ = case.inputs
+    assert threshold is not None and weight is not None
+    weight[:, ::2], threshold[::2] = float("nan"), float("inf")
+    for tokens in (1, 2, 3):
+        assert case(torch.ones(tokens, 1, 64)).isfinite().all()
+    assert case(torch.ones(4, 1, 64)).isnan().any()  # many tokens multiply all of them
+
+
+def test_ten_runs_of_a_sparse_linear_give_the_same_bits() -> None:
+    """With more weights than one task reads, and fewer tiles than tasks."""
+    for format, k in (("float", 800), ("int4", 800), ("nvfp4", 800)):
+        case = sparse_case(1100, k, format)
+        x = torch.randn(1, 1, k, generator=generator(k))
+        first = case(x, 2)
+        assert close(first, case.reference(x))
+        assert all(torch.equal(first, case(x, threads)) for threads in (1, 2, 4) * 4)
+
+
 def test_the_number_of_threads_changes_no_bit(chosen: str) -> None:
     for case in (
         fp4_case(513, 1600, "nvfp4", "none"), fp4_case(513, 576, "nvfp4", "nvfp4"),
@@ -439,6 +506,19 @@ def test_onnxruntime_runs_the_node_itself(case: Case) -> None:
         assert torch.equal(torch.from_numpy(found)[0], expected)
     with pytest.raises(Exception, match=case.op):
         session(case, library=False, body=False)
+
+
+@pytest.mark.parametrize("format", ["float", "int4", "nvfp4", "mxfp4"])
+def test_a_sparse_linear_in_onnxruntime_with_and_without_the_library(format: str) -> None:
+    for tokens, dtype in (("decode", torch.bfloat16), ("all", torch.float32)):
+        case = sparse_case(65, 96, format, tokens, dtype)
+        with_library, body = session(case, 2), session(case, library=False)
+        for shape in ((1, 1), (2, 1), (1, 7), (7, 1), (1, 33)):
+            x = torch.randn(*shape, 96, generator=generator(*shape))
+            found = torch.from_numpy(with_library.run(None, {"x": x.numpy()})[0])
+            assert torch.equal(found, case(x))
+            other = torch.from_numpy(body.run(None, {"x": x.numpy()})[0])
+            assert close(found, case.reference(x)) and close(other, case.reference(x))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -32,50 +32,60 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "ort_linear.jsonl"
 
 
+def bytes_of(rng: np.random.Generator, *shape: int, top: int = 256) -> np.ndarray:
+    return rng.integers(0, top, shape, dtype=np.uint8)
+
+
 def nodes(n: int, k: int) -> Iterator[tuple[str, str, str, dict[str, Any], list[tuple[str, np.ndarray] | None]]]:
     """(label, domain, op, attributes, inputs behind x); the values are random, the bytes are what is timed."""
     rng = np.random.default_rng(0)
-
-    def bytes_of(*shape: int, top: int = 256) -> np.ndarray:
-        return rng.integers(0, top, shape, dtype=np.uint8)
 
     def floats(*shape: int) -> np.ndarray:
         return rng.random(shape, dtype=np.float32)
 
     def e4m3(*shape: int) -> np.ndarray:
-        return bytes_of(*shape, top=0x78).view(ml_dtypes.float8_e4m3fn)
+        return bytes_of(rng, *shape, top=0x78).view(ml_dtypes.float8_e4m3fn)
 
     ours = "ai.compressor"
     one = np.ones(1, np.float32)
     for rule in ("none", "nvfp4", "int8"):
         attributes = {"format": "nvfp4", "activations": rule, "four_over_six": 0, "block_size": 16, "hadamard": 0}
         given = ("input_global_scale", one) if rule == "nvfp4" else None
-        tensors = [("weight_packed", bytes_of(n, k // 2)), ("weight_scale", e4m3(n, k // 16)), ("divisor", one), given]
+        packed, steps = bytes_of(rng, n, k // 2), e4m3(n, k // 16)
+        tensors = [("weight_packed", packed), ("weight_scale", steps), ("divisor", one), given]
         yield f"FP4Linear nvfp4, input {rule}", ours, "FP4Linear", attributes, tensors
     attributes = {"bits": 4, "group_size": 32, "activations": "none", "packed": 1, "in_features": k, "hadamard": 0}
-    words = bytes_of(n, k // 2).view(np.int32)
+    words = bytes_of(rng, n, k // 2).view(np.int32)
     yield "IntLinear int4 of 32", ours, "IntLinear", attributes, [("weight", words), ("scale", floats(n, k // 32))]
     attributes = attributes | {"bits": 8, "group_size": 0, "activations": "int8", "packed": 0}
-    integers = bytes_of(n, k).view(np.int8)
+    integers = bytes_of(rng, n, k).view(np.int8)
     yield "IntLinear int8, input int8", ours, "IntLinear", attributes, [("weight", integers), ("scale", floats(n, 1))]
     attributes = {"activations": "none", "hadamard": 0}
     yield "FP8Linear", ours, "FP8Linear", attributes, [("weight", e4m3(n, k)), ("scale", floats(n, 1))]
     attributes = {"format": "e3m2", "activations": "none", "block_size": 0}
-    tensors = [("weight_packed", bytes_of(n, k * 6 // 8)), ("scale", floats(n, 1))]
+    tensors = [("weight_packed", bytes_of(rng, n, k * 6 // 8)), ("scale", floats(n, 1))]
     yield "FloatLinear e3m2", ours, "FloatLinear", attributes, tensors
     for level in (0, 4):
         attributes = {"K": k, "N": n, "bits": 4, "block_size": 32, "accuracy_level": level}
-        tensors = [("weight", bytes_of(n, k // 32, 16)), ("scale", floats(n, k // 32))]
+        tensors = [("weight", bytes_of(rng, n, k // 32, 16)), ("scale", floats(n, k // 32))]
         yield f"MatMulNBits int4 of 32, level {level}", "com.microsoft", "MatMulNBits", attributes, tensors
     yield "MatMul float32", "", "MatMul", {}, [("weight", floats(k, n))]
 
 
-def session(domain: str, op: str, attributes: dict[str, Any], tensors: list[Any], threads: int) -> Any:
-    names = ["x"] + ["" if t is None else t[0] for t in tensors]
-    node = helper.make_node(op, names, ["y"], domain=domain, **attributes)
-    floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
-    held = [numpy_helper.from_array(t[1], t[0]) for t in tensors if t is not None]
-    graph = helper.make_graph([node], "one", floats[:1], floats[1:], held)
+def session(
+    domain: str, op: str, attributes: dict[str, Any], tensors: list[Any], threads: int, copies: int = 1
+) -> Any:
+    """Of `copies` such nodes over weights of their own, which read one x."""
+    given, held = [], []
+    for copy in range(copies):
+        names = ["" if t is None else f"{t[0]}{copy}" for t in tensors]
+        held += [numpy_helper.from_array(t[1], name) for t, name in zip(tensors, names, strict=True) if t is not None]
+        given.append(helper.make_node(op, ["x", *names], [f"y{copy}"], domain=domain, **attributes))
+    x, *outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in ("x", *(f"y{copy}" for copy in range(copies)))
+    )
+    graph = helper.make_graph(given, "linears", [x], outputs, held)
     opsets = [helper.make_opsetid("", 21)] + ([helper.make_opsetid(domain, 1)] if domain else [])
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()

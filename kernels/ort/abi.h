@@ -55,7 +55,10 @@ struct OrtApi {
   void (*ReleaseStatus)(OrtStatus*);  // 93
   void* unused_94[5];
   void (*ReleaseTensorTypeAndShapeInfo)(OrtShape*);  // 99
-  void* unused_100[174];
+  void* unused_100[149];
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(
+      const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**);  // 249
+  void* unused_250[24];
   OrtStatus* (*KernelContext_ParallelFor)(
       const OrtKernelContext*, void (*task)(void*, size_t), size_t total, size_t batches, void* argument);  // 274
 };
@@ -78,6 +81,7 @@ SLOT(KernelContext_GetInput, 90);
 SLOT(KernelContext_GetOutput, 91);
 SLOT(ReleaseStatus, 93);
 SLOT(ReleaseTensorTypeAndShapeInfo, 99);
+SLOT(KernelInfoGetConstantInput_tensor, 249);
 SLOT(KernelContext_ParallelFor, 274);
 #undef SLOT
 

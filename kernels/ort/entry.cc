@@ -26,6 +26,11 @@ struct NamedAttributes final : Attributes {
   }
   float number(const char* name) const override { return std::strtof(text(name).c_str(), nullptr); }
   int64_t integer(const char* name) const override { return std::strtoll(text(name).c_str(), nullptr, 10); }
+  bool constant(size_t) const override {  // callers say so by an attribute of that name
+    for (int i = 0; i < count; ++i)
+      if (!std::strcmp(names[i], "constant")) return true;
+    return false;
+  }
 };
 
 template <class Function>

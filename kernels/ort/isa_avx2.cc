@@ -109,6 +109,7 @@ inline int32_t int_sum(I acc) {
 #include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
+#include "isa_sparse.h"
 #include "isa_integers.h"
 
 // Sums of 16 bits, two in each 32: at most 24 * 128 * 8 each, of which the start takes away what does not fit.
@@ -129,6 +130,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX2 = {"avx2", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate};
+                         fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate, NIBBLE_ORDER, sparse};
 
 }  // namespace compressor

@@ -84,6 +84,7 @@ inline int32_t int_sum(I acc) { return _mm512_reduce_add_epi32(acc); }
 #include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
+#include "isa_sparse.h"
 #include "isa_integers.h"
 
 inline __m256i dot(__m256i acc, __m256i u, __m256i x) { return _mm256_dpbusd_epi32(acc, u, x); }
@@ -101,6 +102,6 @@ bool supported() {
 }  // namespace
 
 extern const Isa AVX512 = {"avx512vnni", supported, round, arrange, gemv, gemm, decode, int_bytes, int_arrange,
-                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate};
+                           int_gemm, fp4_bytes, fp4_arrange, fp4_gemv, fp4_gemm, gptq, attend, swiglu, activate, NIBBLE_ORDER, sparse};
 
 }  // namespace compressor

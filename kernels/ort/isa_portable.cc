@@ -71,6 +71,7 @@ inline int32_t int_sum(const I& acc) {
 #include "isa_activation.h"
 #include "isa_attention.h"
 #include "isa_gptq.h"
+#include "isa_sparse.h"
 #include "isa_integers.h"
 
 bool always() { return true; }
@@ -78,6 +79,6 @@ bool always() { return true; }
 }  // namespace
 
 extern const Isa PORTABLE = {"portable", always, round, arrange, gemv, gemm, decode, int_bytes, int_arrange, int_gemm,
-                             nullptr, nullptr, nullptr, nullptr, gptq, attend, swiglu, activate};
+                             nullptr, nullptr, nullptr, nullptr, gptq, attend, swiglu, activate, NIBBLE_ORDER, sparse};
 
 }  // namespace compressor

@@ -11,9 +11,11 @@
 namespace compressor {
 
 extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU, LOWRANK_LINEAR,
-    LOWRANK_FFN, GROUP_QUERY_ATTENTION;
-const std::vector<const Op*> OPS = {&FP4_LINEAR,    &INT_LINEAR, &FP8_LINEAR,     &FLOAT_LINEAR, &FP4_EMBEDDING,
-                                    &INT_EMBEDDING, &SWIGLU,     &LOWRANK_LINEAR, &LOWRANK_FFN,  &GROUP_QUERY_ATTENTION};
+    LOWRANK_FFN, SPARSE_LINEAR, GROUP_QUERY_ATTENTION;
+const std::vector<const Op*> OPS = {
+    &FP4_LINEAR, &INT_LINEAR,     &FP8_LINEAR,  &FLOAT_LINEAR,  &FP4_EMBEDDING,         &INT_EMBEDDING,
+    &SWIGLU,     &LOWRANK_LINEAR, &LOWRANK_FFN, &SPARSE_LINEAR, &GROUP_QUERY_ATTENTION,
+};
 
 namespace {
 
@@ -48,6 +50,12 @@ struct NodeAttributes final : Attributes {
     check(api, api.KernelInfoGetAttribute_string(info, name, &value[0], &size));
     value.resize(std::strlen(value.c_str()));
     return value;
+  }
+  bool constant(size_t input) const override {
+    int found = 0;
+    const OrtValue* value = nullptr;
+    check(api, api.KernelInfoGetConstantInput_tensor(info, input, &found, &value));
+    return found != 0;
   }
 };
 

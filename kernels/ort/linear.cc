@@ -156,15 +156,15 @@ std::vector<int64_t> output_shape(const Op& op, const Tensor& x, int64_t columns
   return shape;
 }
 
-void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4) {
-  expect(op, in, 1, {UINT8}, {-1, -1});
-  const int64_t rows = in[1].shape[0], columns = in[1].shape[1] * 2, block = nvfp4 ? 16 : 32;
+void expect_fp4(const Op& op, const std::vector<Tensor>& in, bool nvfp4, size_t at) {
+  expect(op, in, at, {UINT8}, {-1, -1});
+  const int64_t rows = in[at].shape[0], columns = in[at].shape[1] * 2, block = nvfp4 ? 16 : 32;
   // A graph declares the E4M3 scales of a table as the bytes that they are: stock onnxruntime gathers no float8.
   if (nvfp4)
-    expect(op, in, 2, {FLOAT8E4M3FN, UINT8}, {rows, columns / block});
+    expect(op, in, at + 1, {FLOAT8E4M3FN, UINT8}, {rows, columns / block});
   else
-    expect(op, in, 2, {UINT8}, {rows, columns / block});
-  if (nvfp4) expect(op, in, 3, {FLOAT32}, {1});
+    expect(op, in, at + 1, {UINT8}, {rows, columns / block});
+  if (nvfp4) expect(op, in, at + 2, {FLOAT32}, {1});
   if (columns % block)
     throw Error(std::string(op.name) + ": blocks of " + std::to_string(block) + " do not divide its " +
                 std::to_string(columns) + " features.");

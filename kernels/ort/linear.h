@@ -36,8 +36,10 @@ LowRank low_rank(const Op&, const std::vector<Tensor>& inputs, size_t at);
 // y [T, N]; `z` has room for T * rank floats.
 void low_rank_linear(const LowRank&, const float* x, int64_t tokens, float* z, float* y, const Threads&);
 
-// Inputs 1 to 3 of an op with FP4 weights.
-void expect_fp4(const Op&, const std::vector<Tensor>& inputs, bool nvfp4);
+// Input `at`, [N, K] of float32 or bfloat16.
+Matrix float_matrix(const Op&, const std::vector<Tensor>& inputs, size_t at);
+// Inputs 1 to 3 of an op with FP4 weights; or those from `at` on.
+void expect_fp4(const Op&, const std::vector<Tensor>& inputs, bool nvfp4, size_t at = 1);
 // Input 1: rows of so many bits in words of 32, which a graph declares as the bytes that they are.
 void expect_words(const Op&, const std::vector<Tensor>& inputs, int64_t bits);
 // E4M3 block scales over a divisor into `m`.

@@ -4,7 +4,6 @@
 #include "linear.h"
 
 namespace compressor {
-namespace {
 
 Matrix float_matrix(const Op& op, const std::vector<Tensor>& in, size_t at) {
   expect(op, in, at, {FLOAT32, BFLOAT16}, {-1, -1});
@@ -17,6 +16,8 @@ Matrix float_matrix(const Op& op, const std::vector<Tensor>& in, size_t at) {
   m.data = in[at].bytes();
   return m;
 }
+
+namespace {
 
 struct LowRankLinear final : OneOutput {
   std::vector<int64_t> shape(const std::vector<Tensor>&) const override;

@@ -87,6 +87,33 @@ struct GptqGrid {
 };
 constexpr int64_t GPTQ_COLUMNS = 128;
 
+// A matrix turned: the weights that one input channel multiplies lie side by side, in tiles of `width` outputs:
+// data [tiles, K, width], scales [tiles, K / block, width]. Outputs beyond N are never read.
+constexpr int64_t SPARSE_STEP = 64, SPARSE_WIDTH = 4096;  // width: a multiple of the first, at most the second
+constexpr int64_t SPARSE_RUN = 16, SPARSE_TOKENS = 3;
+
+struct SparseRows {
+  Matrix stored;  // what it was made of: element and table
+  int64_t width = 0, tiles = 0;
+  const uint8_t* data = nullptr;
+  const uint8_t* scales = nullptr;  // null: none
+  Codes scale_codes = Codes::FP32;
+  float factor = 1;  // of every sum
+
+  int64_t row_bytes() const { return width / CHUNK * chunk_bytes(stored.codes); }
+  int64_t scale_bytes() const { return scales ? width / CHUNK * chunk_bytes(scale_codes) : 0; }
+};
+
+// The channels that some token reads, and their inputs x [channels, tokens]; in runs of at most SPARSE_RUN channels of
+// one block of scales: run r has channels [first[r], first[r + 1]).
+struct ActiveChannels {
+  const int32_t* channel;
+  const float* x;
+  const int32_t* first;
+  const int32_t* block;
+  int64_t runs, tokens;  // tokens <= SPARSE_TOKENS
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -119,6 +146,9 @@ struct Isa {
   void (*swiglu)(const float* x, int64_t half, float* y);  // silu(x[i]) * x[half + i]
   // x = act(x), times `factor` unless that is null; `count` of each (isa_activation.h).
   void (*activate)(Activation, float* x, const float* factor, int64_t count);
+  const uint8_t* nibble_order;  // element i of a decoded chunk is nibble nibble_order[i] of its bytes
+  // The sums over runs [first, last) of the outputs of one tile, in y [tokens, N] (isa_sparse.h).
+  void (*sparse)(const SparseRows&, const ActiveChannels&, int64_t tile, int64_t first, int64_t last, float* y);
 };
 
 const Isa& isa();                     // the best that this processor has

@@ -42,6 +42,8 @@ struct Attributes {
   virtual int64_t integer(const char* name) const = 0;
   virtual float number(const char* name) const = 0;
   virtual std::string text(const char* name) const = 0;
+  // Whether the kernel belongs to one node of which this input never changes.
+  virtual bool constant(size_t input) const = 0;
 };
 
 struct Kernel {
