@@ -96,7 +96,7 @@ std::vector<Case> cases(int64_t n) {
         in.emplace_back(FLOAT, Shape{n});
       }
   for (int64_t k : {1, 31, 33, 63, 513})
-    for (int bits : {2, 4, 8}) {
+    for (int bits : {1, 2, 3, 4, 8}) {
       auto& in = add("IntLinear", k, {{"bits", std::to_string(bits)}, {"group_size", k == 63 ? "24" : "0"},
                                       {"activations", "none"}, {"packed", "1"}, {"in_features", std::to_string(k)},
                                       {"hadamard", "0"}});
