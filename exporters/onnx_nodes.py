@@ -43,6 +43,7 @@ INPUTS = {
         *("query", "key", "value", "query_up", "key_up", "value_up"),
         *("query_bias", "key_bias", "value_bias", "mask"),
     ),
+    "MixedBitMoE": ("x", "weights", "experts"),
     "SwiGLU": ("x",),
     "GroupQueryAttention": (
         "query",
@@ -75,6 +76,7 @@ ATTRIBUTES = {
     "LowRankLinear": (),
     "LowRankFFN": ("activation",),
     "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
+    "MixedBitMoE": ("bits", "layout", "group_size", "down_group_size", "hidden", "intermediate", "activation"),
     "SwiGLU": (),
     "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }
@@ -106,6 +108,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         lowrank_attention,
         lowrank_ffn,
         lowrank_linear,
+        mixed_bit_moe,
     )
 
     ops = torch.ops.compressor
@@ -119,6 +122,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         ops.lowrank_linear.default: _emit_lowrank_linear,
         ops.lowrank_ffn.default: _emit_lowrank_ffn,
         ops.lowrank_attention.default: _emit_lowrank_attention,
+        ops.mixed_bit_moe.default: _emit_mixed_bit_moe,
         ops.grouped_attention.default: onnx_attention.emit,
     }
 
@@ -268,6 +272,13 @@ def _emit_lowrank_ffn(x: Any, *given: Any, **named: Any) -> Any:
     values = dict(zip(("x", *INPUTS["LowRankFFN"][1:], "activation"), (x, *given), strict=False)) | named
     inputs = tuple(_float(v) if n.endswith("bias") else v for n, v in values.items() if n != "activation")
     return emit_node("LowRankFFN", inputs, {"activation": values["activation"]})
+
+
+def _emit_mixed_bit_moe(*given: Any, **named: Any) -> Any:
+    names = (*INPUTS["MixedBitMoE"], *ATTRIBUTES["MixedBitMoE"])
+    v = dict(zip(names, given, strict=False)) | named
+    attributes = {name: v[name] for name in ATTRIBUTES["MixedBitMoE"]}
+    return emit_node("MixedBitMoE", tuple(v[n] for n in INPUTS["MixedBitMoE"]), attributes)
 
 
 def _emit_lowrank_attention(*given: Any, **named: Any) -> Any:

@@ -11,9 +11,10 @@
 namespace compressor {
 
 extern const Op FP4_LINEAR, INT_LINEAR, FP8_LINEAR, FLOAT_LINEAR, FP4_EMBEDDING, INT_EMBEDDING, SWIGLU, LOWRANK_LINEAR,
-    LOWRANK_FFN, GROUP_QUERY_ATTENTION;
+    LOWRANK_FFN, GROUP_QUERY_ATTENTION, MIXED_BIT_MOE;
 const std::vector<const Op*> OPS = {&FP4_LINEAR,    &INT_LINEAR, &FP8_LINEAR,     &FLOAT_LINEAR, &FP4_EMBEDDING,
-                                    &INT_EMBEDDING, &SWIGLU,     &LOWRANK_LINEAR, &LOWRANK_FFN,  &GROUP_QUERY_ATTENTION};
+                                    &INT_EMBEDDING, &SWIGLU,     &LOWRANK_LINEAR, &LOWRANK_FFN,  &GROUP_QUERY_ATTENTION,
+                                    &MIXED_BIT_MOE};
 
 namespace {
 
