@@ -33,9 +33,9 @@ from compressor.methods import gptq
 from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
 from compressor.model import linears, load_model, twin
-from compressor.pipeline import FISHER_WINDOWS, SURVEY_WINDOWS
 from compressor.sensitivity import output_fisher
 from compressor.statistics import ChannelSquare, Gram, TokenSample
+from compressor.steps import FISHER_WINDOWS, SURVEY_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "moe.jsonl"

@@ -79,7 +79,7 @@ class MoEView:
 
     def activation(self) -> nn.Module:
         """act(gate, up)."""
-        found = next((m for m in self.experts[0].children() if not isinstance(m, nn.Linear)), None)
+        found = next((m for m in self.experts[0].children() if not isinstance(m, KINDS)), None)
         if found is None:
             raise ModelError(f"{self.container}: its experts have no activation; such experts are not supported.")
         return found if isinstance(found, Gated | Clamped) else Gated(found)

@@ -57,7 +57,9 @@ class Step(_Frozen):
 
 class Recipe(_Frozen):
     """What to do to a model. `runtime` names whose activation rounding is aimed at, `graph` which operators the ONNX
-    graph is made of: those of ONNX, or fewer nodes with onnxruntime's own beside them (docs/onnx.md)."""
+    graph is made of: those of ONNX, or fewer nodes with onnxruntime's own beside them (docs/onnx.md). `experts`: packed
+    experts of a layer as one op of ours, of any widths, or as onnxruntime's own QMoE, of 2, 4 and 8 bits (docs/moe.md).
+    """
 
     model: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -68,6 +70,7 @@ class Recipe(_Frozen):
     head_activations: Literal["none", "int8_block"] = "none"  # of a head in FP4
     exports: Annotated[list[Literal["safetensors", "onnx", "lora"]], Field(min_length=1)] = ["safetensors", "onnx"]
     graph: Literal["portable", "ort"] = "portable"
+    experts: Literal["mixed", "qmoe"] = "mixed"
     lean: bool = True  # linears of low rank run without activations of full width
     steps: Annotated[list[Step], Field(min_length=1)]
 
@@ -150,6 +153,10 @@ def _validated(document: Document) -> Recipe:
             own.append(("activations", OWN_RULE))
         for name, what in own:
             _require_own_runtime(recipe, what, _place(document, (*keys, name)))
+        wrong_widths = {*getattr(options, "choices", ())} - {2, 4, 8} if step.method == "pmq" else set()
+        if recipe.experts == "qmoe" and wrong_widths:
+            wrong = f"stock QMoE has no kernel for {min(wrong_widths)} bits; take choices of 2, 4, 8, or mixed."
+            raise RecipeError(f"{_place(document, (*keys, 'choices'))}: {wrong}")
         if step.method == "fp4" and any(getattr(s.options, "inputs", 0) for s in steps):
             wrong = "fp4 does not store inputs that an earlier step rotates; use quantize, or rotate values."
             raise RecipeError(f"{_place(document, keys)}: {wrong}")

@@ -27,13 +27,14 @@ from compressor.folder import load
 from compressor.kernels import sparsify
 from compressor.layers import QuantEmbedding, QuantLinear, QuantModule, build
 from compressor.sparse import SparseLinear
-from compressor.verify import FAILED, LIBRARY, OK, Check, relative
+from compressor.verify import FAILED, LIBRARY, OK, SKIPPED, Check, relative
 
 PROMPT_TOKENS = 48
 GREEDY_TOKENS = 64
 SHORT_GREEDY = 16
 NODE_TOLERANCE = 1e-4  # one op, equal float32 input: only the order of sums differs
 GRAPH_TOLERANCE = 1e-3  # whole model in float32
+QMOE_TOLERANCE = 2e-2  # of a node and of logits: the stock kernel rounds inputs to 8 bits (exporters/onnx_qmoe.py)
 BF16_TOLERANCE = 3e-2  # whole model in bf16, theirs against ours: bf16 against float32 alone differs by more
 NOISE_FACTOR = 3.0  # a correct runtime stays within a few times the model's own rounding noise
 
@@ -135,19 +136,23 @@ def check_library(folder: Path, scratch: Path) -> list[Check]:
 
 def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") -> list[Check]:
     """Node by node on the node's own input, then the whole graph and its cache without activation rounding."""
-    from compressor.exporters.onnx_graph import compressed_nodes, smooth_graph
+    from compressor.exporters.onnx_graph import compressed_nodes, expert_nodes, smooth_graph
     from compressor.runtimes import OnnxSession, expose, read_graph
 
     artifact = load(folder)
     reference = np.load(scratch / "reference.npz")
     ids = torch.from_numpy(reference["ids"])
     graph = read_graph(folder)
-    nodes = compressed_nodes(graph, artifact.packed)
-    missing = sorted(set(artifact.packed) - set(nodes))
+    nodes, experts = compressed_nodes(graph, artifact.packed), expert_nodes(graph)
+    rounding = any(node.op_type == "QMoE" for node in graph.graph.node)
+    allowed = QMOE_TOLERANCE if rounding else GRAPH_TOLERANCE
+    inside = tuple(f"{container}." for container in experts)
+    missing = sorted(name for name in {*artifact.packed} - {*nodes} if not name.startswith(inside))
     if missing:
         return [Check(name, "nodes", FAILED, f"no node for {', '.join(missing[:3])}")]
     given = {i.name for i in graph.graph.input}
-    expose(graph, sorted({name for found in nodes.values() for name in found[:2]} - given))
+    exposed = {name for found in nodes.values() for name in found[:2]} | {n for own in experts.values() for n in own}
+    expose(graph, sorted(exposed - given))
     session = OnnxSession(folder, graph, name == LIBRARY)
     feeds = {"input_ids": ids.numpy()}
     outputs = {**feeds, **session.run(ids)}
@@ -163,6 +168,8 @@ def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") ->
             worst, where = error, module
     if not rows:
         rows.append(Check(name, "nodes", OK, f"{len(nodes)} nodes, worst {worst:.1e} ({where})"))
+    if experts:
+        rows.append(_expert_nodes(name, artifact, experts, outputs, QMOE_TOLERANCE if rounding else NODE_TOLERANCE))
     noise = float(reference["noise"])
     if left_out := jumps(artifact):
         rows.append(_noise(name, reference["deployed"], outputs[_result(outputs)], noise))
@@ -172,21 +179,26 @@ def check_onnxruntime(folder: Path, scratch: Path, name: str = "onnxruntime") ->
     smooth = OnnxSession(folder, without, name == LIBRARY)
     view = f" without {' or '.join(left_out)}" if left_out else ""
     logits, _ = smooth.prefill(ids)
-    rows.append(_within(name, f"prefill{view}", relative(logits.numpy(), reference["smooth"]), GRAPH_TOLERANCE))
+    rows.append(_within(name, f"prefill{view}", relative(logits.numpy(), reference["smooth"]), allowed))
     if artifact.kind == "causal-lm":
         half = ids.shape[1] // 2
         _, past = smooth.prefill(ids[:, :half])
         rest, _ = smooth.prefill(ids[:, half:], past)
         found = relative(rest.numpy(), reference["smooth"][:, half:])
-        rows.append(_within(name, f"cached decode{view}", found, GRAPH_TOLERANCE))
-        rows.append(_tokens(name, f"greedy{view}", smooth.greedy(ids, GREEDY_TOKENS), reference["greedy"].tolist()))
+        rows.append(_within(name, f"cached decode{view}", found, allowed))
+        if rounding:
+            reason = "onnxruntime's QMoE rounds its inputs to 8 bits, torch does not: their tokens may differ"
+            rows.append(Check(name, "greedy", SKIPPED, reason))
+        else:
+            greedy = smooth.greedy(ids, GREEDY_TOKENS)
+            rows.append(_tokens(name, f"greedy{view}", greedy, reference["greedy"].tolist()))
         pair, mask = padded_pair(ids)
         first, past = smooth.prefill(pair[:, :-1], mask=mask[:, :-1])
         both = torch.cat(
             (first, smooth.prefill(pair[:, -1:], past, mask)[0]), 1
         )  # the last token as a step of decoding
         found = relative(both[mask.bool()].numpy(), reference["batch"][mask.bool()])
-        rows.append(_within(name, f"batch of two lengths{view}", found, GRAPH_TOLERANCE))
+        rows.append(_within(name, f"batch of two lengths{view}", found, allowed))
     return rows
 
 
@@ -212,6 +224,26 @@ def _sparsity(name: str, folder: Path, ids: Tensor, artifact: Artifact) -> Check
             return Check(name, "sparsity", FAILED, f"{thresholds[node.input[1]]}: keeps other inputs than our op")
         read, total = read + int((y != 0).sum()) * module.out_features, total + y.numel() * module.out_features
     return Check(name, "sparsity", OK, f"{len(nodes)} nodes bit for bit; a decoded token read {read / total:.2f}")
+
+
+def _expert_nodes(
+    name: str, artifact: Artifact, nodes: dict[str, tuple[str, str, str]], outputs: dict[str, Any], allowed: float
+) -> Check:
+    """Each layer of experts against the specification of its op, on the node's own inputs."""
+    from compressor.kernels.mixed_bit_moe import PackedExperts, reference
+    from compressor.mixtures import mixtures
+
+    worst = 0.0
+    for view in mixtures(artifact.model(lean=False)).values():
+        if view.container not in nodes:
+            continue
+        packed = PackedExperts.of(view)
+        assert isinstance(packed, PackedExperts), packed
+        x, weights, y = (torch.from_numpy(outputs[n]) for n in nodes[view.container])
+        expected = reference(x, weights, packed.experts, **packed.attributes)
+        worst = max(worst, relative(y.numpy(), expected.numpy()))
+    status = OK if worst <= allowed else FAILED
+    return Check(name, "experts", status, f"{len(nodes)} layers, worst {worst:.1e}, allowed {allowed:.0e}")
 
 
 def check_optimum(folder: Path, scratch: Path) -> list[Check]:

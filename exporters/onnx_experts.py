@@ -2,8 +2,9 @@
 
 transformers picks the tokens of each expert with loops that depend on values, which no graph holds. While a graph is
 captured each layer's forward is this sum instead, and must give what the layer gives on random tokens, or the model is
-refused. The same logits in any runtime, for E / K times the arithmetic; an op that touches the chosen experts only is
-docs/moe.md's next step.
+refused. Where experts are packed integers the sum is one op, whose fused kernel touches the chosen experts only
+(kernels/mixed_bit_moe.py); its body, and the sum of any other experts, are right in any runtime for E / K times the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.exporters.onnx_moe import MODULE
+from compressor.kernels.mixed_bit_moe import PackedExperts
 from compressor.mixtures import MoEView, Routing, mixtures, replying
 
 TOLERANCE = 1e-4  # of float32 sums in another order, relative to the largest output
@@ -28,18 +31,43 @@ Function = Callable[[Tensor], Tensor]
 def dense(model: nn.Module) -> Iterator[None]:
     """While this is open, the layers of experts of `model` can be traced. Raises ModelError."""
     views = mixtures(model)
-    with replying({view.module: _dense(model, view) for view in views.values()}):
-        yield
+    try:
+        with replying({view.module: _dense(model, view) for view in views.values()}):
+            yield
+    finally:
+        for view in views.values():
+            view.module._modules.pop(MODULE, None)
+
+
+def sums(model: nn.Module) -> dict[str, str]:
+    """Container -> why its experts are no MixedBitMoE, of those that are not."""
+    found = {view.container: PackedExperts.of(view) for view in mixtures(model).values()}
+    return {name: packed for name, packed in found.items() if isinstance(packed, str)}
+
+
+@torch.no_grad()
+def top_k(model: nn.Module) -> dict[str, int]:
+    """Container -> how many experts a token goes to."""
+    return {view.container: view.routing(_probe(view).flatten(0, 1)).top_k for view in mixtures(model).values()}
+
+
+def _probe(view: MoEView) -> Tensor:
+    return torch.randn(*PROBE, view.weight.shape[1], generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def _dense(model: nn.Module, view: MoEView) -> Callable[..., Any]:
     """A forward of one layer that the tracer can follow."""
-    x = torch.randn(*PROBE, view.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = _probe(view)
     given = view.module(x)
     expected = given if isinstance(given, Tensor) else given[0]
     choose = _router(model, view, view.routing(x.flatten(0, 1)))
-    routed = _routed(view, choose)
+    packed = PackedExperts.of(view)
+    if isinstance(packed, PackedExperts):
+        view.module.add_module(MODULE, packed)
+        routed = _packed(packed, choose)
+    else:
+        routed = _routed(view, choose)
     for shared in _shared(view.module):
         y = routed(x) if shared is None else routed(x) + shared(x)
         if (y - expected).abs().amax() <= TOLERANCE * expected.abs().amax():
@@ -63,6 +91,10 @@ def _routed(view: MoEView, choose: Function) -> Function:
         return torch.stack(parts).sum(0).view_as(x)
 
     return run
+
+
+def _packed(experts: PackedExperts, choose: Function) -> Function:
+    return lambda x: experts(x.flatten(0, 1), choose(x)).view_as(x)
 
 
 def _router(model: nn.Module, view: MoEView, routing: Routing) -> Function:

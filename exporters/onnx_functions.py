@@ -40,7 +40,7 @@ from compressor.kernels.codec import E2M1, E2M1_MAX, E2M1_VALUES, E4M3_MAX, FLOA
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STOCK_OPS = {"MatMulNBits", "GroupQueryAttention", "RotaryEmbedding"}  # of onnxruntime's own that bodies use
+STOCK_OPS = {"MatMulNBits", "QMoE", "GroupQueryAttention", "RotaryEmbedding"}  # of onnxruntime's own that bodies use
 HALF_STEPS = np.array([2 * e for e in E2M1_VALUES] + [-2 * e for e in E2M1_VALUES])  # E2M1 in integers, -12 … 12
 
 
@@ -455,6 +455,12 @@ def _sparse_linear(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
     return _fp4_linear(op, inner, {**a, "activations": "none", "hadamard": 0})
 
 
+def _mixed_bit_moe(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
+    from compressor.exporters import onnx_moe  # which is written with the functions above
+
+    return onnx_moe.body(op, v, a)
+
+
 def _swiglu(op: Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.Value:
     size = op.Shape(v["x"], start=-1)
     half = op.Div(size, [2])
@@ -490,6 +496,7 @@ BODIES: dict[str, Callable[[Body, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "LowRankAttention": _lowrank_attention,
     "Sparsify": _sparsify,
     "SparseLinear": _sparse_linear,
+    "MixedBitMoE": _mixed_bit_moe,
     "SwiGLU": _swiglu,
     "GroupQueryAttention": _attention,
 }

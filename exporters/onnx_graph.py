@@ -16,15 +16,20 @@ from compressor.errors import OutputError
 from compressor.exporters import (
     genai_config,
     onnx_capture,
+    onnx_experts,
     onnx_functions,
     onnx_fusion,
+    onnx_moe,
     onnx_nodes,
+    onnx_qmoe,
     onnx_sites,
     onnx_weights,
 )
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
+    from torch import nn
 
     from compressor.artifact import Artifact
     from compressor.layers import Packed
@@ -56,10 +61,12 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
         graph, artifact.record["graph"] = onnx_fusion.capture(model, artifact.kind)
     else:
         graph = onnx_capture.capture(model, artifact.kind)
+    onnx_moe.bind(graph.graph, weights, artifact.record.get("expert_index", {}))
     onnx_weights.bind(graph, weights, artifact.tied, state)
     if artifact.recipe.graph == "ort":
         merged = onnx_sites.merge(graph, weights)
         artifact.record["graph"] |= onnx_fusion.counted(graph.graph) | ({"merged linears": merged} if merged else {})
+    _finish_experts(artifact, model, graph)
     onnx_functions.attach_bodies(graph)
     graph.opset_imports[onnx_nodes.DOMAIN] = onnx_nodes.VERSION
     path = folder / GRAPH
@@ -67,6 +74,21 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     if artifact.kind != "causal-lm":
         return [path]
     return [path, genai_config.write(artifact, graph, folder)]
+
+
+def _finish_experts(artifact: Artifact, model: nn.Module, graph: ir.Model) -> None:
+    """Experts as the recipe wants them, and in the manifest how they run. Raises OutputError."""
+    found: dict[str, Any] = {onnx_moe.OP: len(onnx_moe.nodes(graph.graph))}
+    summed = onnx_experts.sums(model)
+    if artifact.recipe.experts == "qmoe":
+        for name, reason in summed.items():
+            raise OutputError(f"{name}: stock QMoE cannot compute these experts: {reason}; set experts: mixed.")
+        found = {onnx_qmoe.OP: onnx_qmoe.lower(graph, onnx_experts.top_k(model))}
+    if summed:
+        reasons = "; ".join(sorted({*summed.values()}))
+        found["layers whose every expert runs on every token"] = f"{len(summed)} ({reasons})"
+    if found := {kind: count for kind, count in found.items() if count}:
+        artifact.record["graph"] = artifact.record.get("graph", {}) | found
 
 
 def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> dict[str, tuple[str, str, slice]]:
@@ -100,6 +122,21 @@ def compressed_nodes(graph: onnx.ModelProto, packed: Mapping[str, Packed]) -> di
                 value, part = next(user for user in users[own] if user.op_type == "Add").output[0], slice(None)
             found[name] = (source, value, part)
             first += rows
+    return found
+
+
+def expert_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, str, str]]:
+    """Container of experts -> (input, weights of the experts, output) of the node or nodes that compute them all."""
+    producer = {out: node for node in graph.graph.node for out in node.output}
+    found = {}
+    for node in graph.graph.node:
+        if (node.domain, node.op_type) == (onnx_nodes.DOMAIN, onnx_moe.OP):
+            found[node.name] = (node.input[0], node.input[1], node.output[0])
+        elif (node.domain, node.op_type) == (onnx_nodes.STOCK_DOMAIN, onnx_qmoe.OP):
+            users = [n for n in graph.graph.node if node.output[0] in n.input and n.op_type == "Sum"]
+            weights = producer[node.input[1]].input[0]  # of the Gather of its own experts
+            container = node.name.rpartition(onnx_qmoe.NAMED)[0]
+            found[container] = (node.input[0], weights, (users or [node])[0].output[0])
     return found
 
 

@@ -45,6 +45,7 @@ INPUTS = {
     ),
     "Sparsify": ("x", "threshold"),
     "SparseLinear": ("x", "threshold", "weight", "weight_scale", "weight_global_scale", "bias"),
+    "MixedBitMoE": ("x", "weights", "experts"),
     "SwiGLU": ("x",),
     "GroupQueryAttention": (
         "query",
@@ -79,6 +80,7 @@ ATTRIBUTES = {
     "LowRankAttention": ("heads", "kv_heads", "scale", "causal"),
     "Sparsify": ("tokens",),
     "SparseLinear": ("format", "tokens", "block_size", *SHAPE),
+    "MixedBitMoE": ("bits", "layout", "group_size", "down_group_size", "hidden", "intermediate", "activation"),
     "SwiGLU": (),
     "GroupQueryAttention": ("num_heads", "kv_num_heads", "head_size", "do_rotary", "scale", "softcap"),
 }
@@ -111,6 +113,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         lowrank_ffn,
         lowrank_linear,
         sparsify,
+        mixed_bit_moe,
     )
 
     ops = torch.ops.compressor
@@ -125,6 +128,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         ops.lowrank_ffn.default: _emit_lowrank_ffn,
         ops.lowrank_attention.default: _emit_lowrank_attention,
         ops.sparsify.default: _emit_sparsify,
+        ops.mixed_bit_moe.default: _emit_mixed_bit_moe,
         ops.grouped_attention.default: onnx_attention.emit,
     }
 
@@ -278,6 +282,13 @@ def _emit_lowrank_ffn(x: Any, *given: Any, **named: Any) -> Any:
     values = dict(zip(("x", *INPUTS["LowRankFFN"][1:], "activation"), (x, *given), strict=False)) | named
     inputs = tuple(_float(v) if n.endswith("bias") else v for n, v in values.items() if n != "activation")
     return emit_node("LowRankFFN", inputs, {"activation": values["activation"]})
+
+
+def _emit_mixed_bit_moe(*given: Any, **named: Any) -> Any:
+    names = (*INPUTS["MixedBitMoE"], *ATTRIBUTES["MixedBitMoE"])
+    v = dict(zip(names, given, strict=False)) | named
+    attributes = {name: v[name] for name in ATTRIBUTES["MixedBitMoE"]}
+    return emit_node("MixedBitMoE", tuple(v[n] for n in INPUTS["MixedBitMoE"]), attributes)
 
 
 def _emit_lowrank_attention(*given: Any, **named: Any) -> Any:

@@ -38,11 +38,15 @@ def bind(model: ir.Model, weights: Path, tied: Mapping[str, str], state: Collect
     tied: tensor name -> the name that the file stores it under. state: names of the model's own tensors, which must
     come from the file. Raises OutputError for one that is not there or has another shape, and for a large constant.
     """
+    import onnx_ir as ir
+
     file = _File(weights, model.graph)
     for name in sorted(model.graph.initializers):
         value = model.graph.initializers.pop(name)
         source = tied.get(name, name)
-        if source in file.entries:
+        if isinstance(value.const_value, ir.ExternalTensor):  # in the file already (onnx_moe.py)
+            model.graph.register_initializer(value)
+        elif source in file.entries:
             file.replace(value, source)
         elif name in state or value.const_value is None or value.const_value.nbytes >= INLINE_BYTES:
             raise OutputError(

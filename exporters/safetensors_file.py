@@ -6,6 +6,7 @@ and tensors go to the file one at a time, without a second copy of the model in 
 
 Layout: u64 length of the header, the header (JSON, padded with spaces), then the tensors without gaps. The first byte
 of data and every tensor of a multiple of 64 bytes is aligned to 64; the others follow, aligned to their element size.
+Experts come first, one after the other (expert_layout.py).
 Everything is little endian. Sharding is left out.
 """
 
@@ -15,7 +16,7 @@ import hashlib
 import json
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compressor import expert_layout
 from compressor.errors import ModelError
+from compressor.expert_layout import FILLER, size_of
 from compressor.model import skeleton
 
 if TYPE_CHECKING:
@@ -59,47 +62,81 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     """
     from compressor.exporters import hf_config, tokenizer_files
 
-    modules = (name for name, _ in skeleton(artifact.config, artifact.kind).named_modules())
-    write(folder / FILE, artifact.tensors(), {name: number for number, name in enumerate(modules)})
+    model = skeleton(artifact.config, artifact.kind)
+    rank = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    known = expert_layout.containers(model)
+    write(folder / FILE, artifact.tensors(), rank, known)
+    artifact.record.pop("expert_index", None)
+    if found := expert_layout.index(header(folder / FILE), known):
+        artifact.record["expert_index"] = found
     return [folder / FILE, *hf_config.export(artifact, folder), *tokenizer_files.export(artifact, folder)]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], rank: Mapping[str, int] = MappingProxyType({})) -> None:
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    rank: Mapping[str, int] = MappingProxyType({}),
+    containers: Collection[str] = (),
+) -> None:
     """One safetensors file; the bytes depend on names, ranks and values only. Tensors may share storage.
 
     The same tensors of sister modules lie side by side, in the order of the modules' `rank`, so that one initializer
-    can be the weight of q, k and v, or of the first factors of all three (onnx_sites.py).
+    can be the weight of q, k and v, or of the first factors of all three (onnx_sites.py). The experts of `containers`
+    begin at multiples of 4096 bytes each.
     """
     assert sys.byteorder == "little", "the file format is little endian"
 
     def place(name: str) -> tuple[Any, ...]:
         module, _, leaf = name.rpartition(".")
-        aligned = _size(tensors[name]) % ALIGNMENT == 0
+        aligned = size_of(tensors[name]) % ALIGNMENT == 0
         owner, _, factor = module.rpartition(".")
         if module not in rank and owner in rank:  # of low rank: what the model's own module has become
             module, leaf = owner, f"{factor}.{leaf}"
         sisters = (module.rpartition(".")[0], leaf, rank.get(module, 0))
         return (not aligned, -tensors[name].element_size(), *sisters, name)
 
-    order = sorted(tensors, key=place)
+    experts = _experts(tensors, rank, containers)
+    order = [*experts, *sorted((n for n in tensors if n not in experts), key=place)]
+    everything = {**tensors, **experts}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        tensor, end = tensors[name], offset + _size(tensors[name])
+        tensor, end = everything[name], offset + size_of(everything[name])
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % (expert_layout.BOUNDARY if experts else ALIGNMENT))
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in order:
-            if tensors[name].numel():
-                file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if everything[name].numel():
+                file.write(everything[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _experts(tensors: Mapping[str, Tensor], rank: Mapping[str, int], containers: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of all experts in file order, with what fills each up to the next boundary."""
+    owned: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if of := expert_layout.owner(name, containers):
+            owned.setdefault(of, {})[name.removeprefix(f"{of[0]}.{of[1]}.")] = tensor
+    modules: dict[tuple[str, int], list[str]] = {}
+    for name in sorted(rank, key=rank.__getitem__):
+        if of := expert_layout.owner(f"{name}.{FILLER}", containers):
+            modules.setdefault(of, []).append(name.removeprefix(f"{of[0]}.{of[1]}."))
+    found: dict[str, Tensor] = {}
+    for (container, number), own in sorted(owned.items()):
+        prefix = f"{container}.{number}."
+        placed = expert_layout.slots(own, modules.get((container, number), ()))
+        found |= {prefix + slot.name: own[slot.name] for slot in placed}
+        length = placed[-1].offset + placed[-1].length
+        if missing := expert_layout.padded(length) - length:
+            found[prefix + FILLER] = torch.zeros(missing, dtype=torch.uint8)
+    return found
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """{name: (dtype, shape, offset, length)}, offset in bytes from the start of the file, in file order.
+    """{name: (dtype, shape, offset, length)}, offset in bytes from the start of the file, in file order; no fillers.
 
     Raises ModelError when the file is missing, truncated or inconsistent; tensor data is not read.
     """
@@ -129,7 +166,7 @@ def header(path: Path) -> dict[str, Entry]:
         raise ModelError(
             f"{path} {what}: its header asks for {end} bytes, the file has {size}; write or download it again."
         )
-    return found
+    return {name: entry for name, entry in found.items() if name.rpartition(".")[2] != FILLER}
 
 
 def _entry(name: str, entry: Any, start: int) -> Entry:
@@ -166,7 +203,3 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
             file.seek(offset)
             found[name] = hashlib.sha256(file.read(length)).hexdigest()
     return found
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

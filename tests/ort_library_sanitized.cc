@@ -96,7 +96,7 @@ std::vector<Case> cases(int64_t n) {
         in.emplace_back(FLOAT, Shape{n});
       }
   for (int64_t k : {1, 31, 33, 63, 513})
-    for (int bits : {2, 4, 8}) {
+    for (int bits : {1, 2, 3, 4, 8}) {
       auto& in = add("IntLinear", k, {{"bits", std::to_string(bits)}, {"group_size", k == 63 ? "24" : "0"},
                                       {"activations", "none"}, {"packed", "1"}, {"in_features", std::to_string(k)},
                                       {"hadamard", "0"}});
@@ -193,6 +193,31 @@ std::vector<float> attention(int64_t batch, int64_t tokens, int64_t past, int64_
   return run(c, Buffer(FLOAT, {batch, tokens, 10 * size}), elements, threads);
 }
 
+// Experts of five widths, of which nobody chose the second; their bytes end with the last scale.
+std::vector<float> mixture(int64_t tokens, int64_t hidden, int64_t wide, int threads) {
+  state = 9;
+  const std::string bits = "38124";
+  std::string layout;
+  int64_t bytes = 0;
+  for (int64_t b : {1, 2, 3, 4, 8}) {
+    const int64_t in = (hidden * b + 31) / 32 * 4 * wide, out = (wide * b + 31) / 32 * 4 * hidden;
+    const int64_t steps = (hidden + 31) / 32 * wide * 2, last = (wide + 31) / 32 * hidden * 2;
+    for (int64_t n : {b, 2 * in + out + 2 * steps + last, int64_t(0), in, 2 * in, 2 * in + out, 2 * in + out + steps,
+                      2 * in + out + 2 * steps})
+      layout += std::to_string(n) + " ";
+    bytes += 2 * in + out + 2 * steps + last;
+  }
+  Case c{"MixedBitMoE",
+         {{"bits", bits}, {"layout", layout}, {"group_size", "32"}, {"down_group_size", "32"},
+          {"hidden", std::to_string(hidden)}, {"intermediate", std::to_string(wide)}, {"activation", "silu"}},
+         {}, hidden, hidden};
+  Buffer weights(FLOAT, {tokens, 5});
+  for (int64_t t = 0; t < tokens; ++t) std::memset(weights.bytes.get() + 4 * (5 * t + 1), 0, 4);
+  c.inputs.push_back(std::move(weights));
+  c.inputs.emplace_back(UINT8, Shape{bytes}, 0x40);  // scales below 2 as bfloat16
+  return run(c, Buffer(FLOAT, {tokens, hidden}), tokens * hidden, threads);
+}
+
 // Codes, then errors, of one block of GPTQ.
 std::vector<float> round_block(int64_t rows, int64_t columns, int threads) {
   state = 5;
@@ -229,6 +254,15 @@ int main() {
         const std::vector<float> one = round_block(n, k, 1), other = round_block(n, k, 4);
         if (std::memcmp(one.data(), other.data(), one.size() * sizeof(float))) {
           std::printf("gptq with %s: 4 threads give other bits\n", isa);
+          return 1;
+        }
+        ++checked;
+      }
+    for (int64_t tokens : {0, 1, 2, 7, 33, 301})
+      for (int64_t hidden : {33, 64}) {
+        const std::vector<float> one = mixture(tokens, hidden, 70, 1), other = mixture(tokens, hidden, 70, 4);
+        if (std::memcmp(one.data(), other.data(), one.size() * sizeof(float))) {
+          std::printf("MixedBitMoE with %s: 4 threads give other bits\n", isa);
           return 1;
         }
         ++checked;

@@ -52,7 +52,7 @@ def test_a_layer_that_adds_something_else_is_refused(tiny):
 
 def test_the_graph_of_a_mixture_gives_its_logits(tiny, tiny_tokenizer, prose, tmp_path):
     pytest.importorskip("onnxruntime")
-    from compressor.runtimes import OnnxSession
+    from compressor.runtimes import OnnxSession, read_graph
 
     text = tmp_path / "text.txt"
     text.write_text(prose)
@@ -66,6 +66,8 @@ def test_the_graph_of_a_mixture_gives_its_logits(tiny, tiny_tokenizer, prose, tm
     folder = artifact.save(tmp_path / "out")
     assert {p.attributes["bits"] for n, p in artifact.packed.items() if ".experts." in n} >= {2, 3}
     expected = logits(artifact.model())
+    assert artifact.record["graph"] == {"MixedBitMoE": 1}
+    assert [n.op_type for n in read_graph(folder).graph.node].count("MixedBitMoE") == 1
     for library in (False, True) if native.built() else (False,):
         session = OnnxSession(folder, library=library)
         found, _ = session.prefill(IDS)

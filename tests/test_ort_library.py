@@ -203,6 +203,8 @@ def cases(n: int) -> Iterator[Case]:
     for group, k in [(16, 80), (32, 96), (32, 100), (24, 96), (128, 1024), (7, 63), (64, 63)]:
         yield int_case(n, k, 4, group)
         yield int_case(n, k, 8, group, offset=True)
+    for bits, (group, k) in itertools.product((1, 2, 3), ((32, 100), (24, 96), (128, 1024))):
+        yield int_case(n, k, bits, group)
     yield int_case(n, 127, 8, 0, packed=False)
     for rule, k in itertools.product(("int8", "int6", "int8_static", "int6_static"), (1, 31, 33, 63, 127, 513)):
         yield int_case(n, k, 6 if "6" in rule else 8, 0, rule, packed=False, offset=k == 63, bias=k != 31)

@@ -73,6 +73,7 @@ def test_budgets_that_cannot_be_met_or_are_too_large():
         ({"choices": (2, 5)}, "choices has 5; allowed: 1, 2, 3, 4, 8"),
         ({"bits": 1.5, "choices": (2, 3)}, "bits is 1.5; allowed: 2 to 3"),
         ({"group_size": 24}, "power of two"),
+        ({"uniform": "layer", "scope": "layer"}, "allowed: scope global"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -109,6 +110,23 @@ def test_the_budget_is_kept_and_used(surveyed, scope, significance, count):
     packed = {n: method.place(*m.weight.shape).size_bytes for n, m in layers.items()}
     weights = sum(m.weight.numel() for m in layers.values())
     assert 8 * sum(packed.values()) / weights == pytest.approx(2.25 + (0.5 if count == "codes" else 0), abs=0.01)
+
+
+def test_one_width_a_layer_for_servers(surveyed):
+    """The best of all combinations of layers that fit; free experts are never worse."""
+    _, layers, calibration, fisher = surveyed
+    free, found = (
+        PMQ(2.5, (1, 2, 3, 4), group_size=32, uniform=each).survey(layers, calibration, fisher)
+        for each in ("expert", "layer")
+    )
+    assert all(len({*layer.bits}) == 1 for layer in found.layers.values())
+    assert found.bits_per_weight[0] == 2.5 and found.exact and free.cost < found.cost
+    assert len({layer.bits[0] for layer in found.layers.values()}) == 2  # two layers, of 2.5 bits together
+    costs = [
+        PMQ(2.5, (a, b), group_size=32, uniform="layer").survey(layers, calibration, fisher).cost
+        for a, b in ((1, 4), (2, 3))
+    ]
+    assert found.cost == pytest.approx(min(costs))
 
 
 def test_what_an_expert_costs_is_what_the_layer_loses(surveyed):

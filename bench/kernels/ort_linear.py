@@ -57,6 +57,9 @@ def nodes(n: int, k: int) -> Iterator[tuple[str, str, str, dict[str, Any], list[
     attributes = {"bits": 4, "group_size": 32, "activations": "none", "packed": 1, "in_features": k, "hadamard": 0}
     words = bytes_of(rng, n, k // 2).view(np.int32)
     yield "IntLinear int4 of 32", ours, "IntLinear", attributes, [("weight", words), ("scale", floats(n, k // 32))]
+    for bits in (1, 2, 3):
+        few, words = attributes | {"bits": bits, "group_size": 128}, bytes_of(n, k * bits // 8).view(np.int32)
+        yield f"IntLinear int{bits} of 128", ours, "IntLinear", few, [("weight", words), ("scale", floats(n, k // 128))]
     attributes = attributes | {"bits": 8, "group_size": 0, "activations": "int8", "packed": 0}
     integers = bytes_of(rng, n, k).view(np.int8)
     yield "IntLinear int8, input int8", ours, "IntLinear", attributes, [("weight", integers), ("scale", floats(n, 1))]

@@ -81,7 +81,8 @@ class PMQ:
     """`bits` a weight on average over the step's experts; count: whether scales are part of it.
 
     scope: the budget holds for each layer by itself, or for all together, in which case the costs of `pmq` are relative
-    to what the layer's widest choice costs, for ε grows with depth.
+    to what the layer's widest choice costs, for ε grows with depth. uniform: what has one width: an expert, or for
+    servers that read one width a layer, all experts of a layer.
     """
 
     bits: float = 2.5
@@ -99,6 +100,7 @@ class PMQ:
     rounding: Literal["nearest", "gptq"] = "gptq"
     damping: float = 0.01
     sequential: bool = False
+    uniform: Literal["expert", "layer"] = "expert"
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2 or len({*self.choices}) < len(self.choices):
@@ -107,6 +109,8 @@ class PMQ:
             raise ValueError(f"choices has {unknown[0]}; allowed: {', '.join(map(str, WIDTHS))}")
         if not min(self.choices) <= self.bits <= max(self.choices) + (self.count == "stored"):
             raise ValueError(f"bits is {self.bits:g}; allowed: {min(self.choices)} to {max(self.choices)}, the choices")
+        if self.uniform == "layer" and self.scope == "layer":
+            raise ValueError("uniform is 'layer', which is one choice for each layer's budget; allowed: scope global")
         self._methods()  # each checks its own options
 
     @property
@@ -175,10 +179,14 @@ class PMQ:
         uneven: int,
     ) -> Decision:
         together = {"": {n: c for own in groups.values() for n, c in own.items()}}
+        measured = sizes
+        if self.uniform == "layer":
+            together = {"": {name: _joined(own) for name, own in groups.items()}}
+            measured = {name: _total([sizes[n] for n in own]) for name, own in groups.items()}
         chosen: dict[str, int] = {}
         checked, cost, uniform = True, 0.0, dict.fromkeys((f"{b} bit" for b in self._order()), 0.0)
         for part in (groups if self.scope == "layer" else together).values():
-            weights = sum(8 * sizes[n][b][0] // b for n in part for b in self._order()[:1])
+            weights = sum(8 * measured[n][b][0] // b for n in part for b in self._order()[:1])
             budget = math.floor(self.bits * weights / 8)
             found = allocate(part, budget)
             names, best = found.choices, found.cost
@@ -194,6 +202,8 @@ class PMQ:
             for name in uniform:
                 same = [next(c.cost for c in options if f"{c.name} bit" == name) for options in part.values()]
                 uniform[name] += math.fsum(same)
+        if self.uniform == "layer":
+            chosen = {n: chosen[name] for name, own in groups.items() for n in own}
         weights = sum(8 * found[b][0] // b for found in sizes.values() for b in self._order()[:1])
         bits = tuple(8 * sum(sizes[n][b][i] for n, b in chosen.items()) / max(1, weights) for i in (0, 1))
         own = {
@@ -280,6 +290,18 @@ class PMQ:
             )
             for b in self._order()
         }
+
+
+def _joined(experts: Mapping[str, list[Choice]]) -> list[Choice]:
+    """Experts that must have one width, as one group."""
+    return [
+        Choice(same[0].name, sum(c.size_bytes for c in same), math.fsum(c.cost for c in same))
+        for same in zip(*experts.values(), strict=True)
+    ]
+
+
+def _total(experts: list[dict[int, tuple[int, int]]]) -> dict[int, tuple[int, int]]:
+    return {b: (sum(e[b][0] for e in experts), sum(e[b][1] for e in experts)) for b in experts[0]}
 
 
 def _names(use: ExpertUse) -> list[str]:

@@ -58,29 +58,9 @@ std::vector<int64_t> IntLinear::shape(const std::vector<Tensor>& in) const {
   return output_shape(op, in[0], columns, rows, rule);
 }
 
-// 1 and 3 bits have no kernel: their codes become bytes, at each call. Codes as kernels/codec.py, pack_int, stores them.
-std::vector<int8_t> bytes_of(const Tensor& words, int64_t bits, int64_t columns) {
-  const int64_t rows = words.shape[0], row_bytes = words.shape[1] * (words.type == UINT8 ? 1 : 4);
-  std::vector<int8_t> values(rows * columns);
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* from = words.bytes() + row * row_bytes;
-    for (int64_t k = 0; k < columns; ++k) {
-      const int64_t at = k * bits, first = at / 8, next = first + 1 < row_bytes ? first + 1 : first;
-      const int code = ((from[first] | from[next] << 8) >> at % 8) & ((1 << bits) - 1);
-      values[row * columns + k] = int8_t(bits == 1 ? 2 * code - 1 : code - (1 << (bits - 1)));
-    }
-  }
-  return values;
-}
-
 void IntLinear::run(const std::vector<Tensor>& in, float* y, const Threads& threads) const {
   Matrix m;
   int_matrix(m, in[1], in[2], bits, group, columns);
-  std::vector<int8_t> bytes;
-  if (packed && bits % 2) {
-    bytes = bytes_of(in[1], bits, columns);
-    m.codes = Codes::INT8, m.row_bytes = columns, m.data = reinterpret_cast<const uint8_t*>(bytes.data());
-  }
   Rounding r = rule;
   if (r.rule == Rule::INT_STATIC) r.scale = *in[4].floats();
   r.offset = in[5].floats();

@@ -67,6 +67,12 @@ struct Nibble {
   }
 };
 
+template <int BITS>
+inline F look_up(F values, const int* word, const int* shift) {  // it sees three bits
+  const __m256i own = _mm256_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS);
+  const __m256i at = _mm256_add_epi32(own, _mm256_set1_epi32(*shift));
+  return _mm256_permutevar8x32_ps(values, _mm256_srlv_epi32(_mm256_set1_epi32(*word), at));
+}
 template <bool OFFSET_BINARY>
 inline F from_int8(const uint8_t* p) {
   __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -86,6 +92,7 @@ inline F from_bf16(const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 #include "isa_bytes.h"
+#include "isa_few.h"
 #include "isa_floats.h"
 
 using X = int16_t;

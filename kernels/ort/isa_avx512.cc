@@ -47,6 +47,14 @@ struct Nibble {
   }
 };
 
+template <int BITS>
+inline F look_up(F values, const int* word, const int* shift) {  // it sees four bits
+  const __m256i own = _mm256_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS);
+  const auto both = [](__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); };
+  const __m512i words = both(_mm256_set1_epi32(word[0]), _mm256_set1_epi32(word[1]));
+  const __m512i at = both(_mm256_set1_epi32(shift[0]), _mm256_set1_epi32(shift[1]));
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_add_epi32(both(own, own), at)), values);
+}
 template <bool OFFSET_BINARY>
 inline F from_int8(const uint8_t* p) {
   __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -67,6 +75,7 @@ inline F from_bf16(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 #include "isa_bytes.h"
+#include "isa_few.h"
 #include "isa_floats.h"
 
 // VNNI multiplies unsigned by signed bytes, so inputs are moved up by 128.

@@ -191,7 +191,9 @@ void with_decoder(const Matrix& m, Function&& function) {
   switch (m.codes) {
     case Codes::NIBBLE: return function(static_cast<Nibble*>(nullptr));
     case Codes::SIX: return function(static_cast<Scalar<Codes::SIX>*>(nullptr));
-    case Codes::CRUMB: return function(static_cast<Scalar<Codes::CRUMB>*>(nullptr));
+    case Codes::CRUMB: return function(static_cast<Few<Codes::CRUMB>*>(nullptr));
+    case Codes::BIT: return function(static_cast<Few<Codes::BIT>*>(nullptr));
+    case Codes::THREE: return function(static_cast<Few<Codes::THREE>*>(nullptr));
     case Codes::INT8: return function(static_cast<Int8<Codes::INT8>*>(nullptr));
     case Codes::OFFSET8: return function(static_cast<Int8<Codes::OFFSET8>*>(nullptr));
     case Codes::E4M3: return function(static_cast<Byte<Codes::E4M3>*>(nullptr));

@@ -35,6 +35,7 @@ inline void store_sums(const F* a, float* out, bool add) {
 #include "isa_scalar.h"
 
 using Nibble = Scalar<Codes::NIBBLE>;
+template <Codes C> using Few = Scalar<C>;
 template <Codes C> using Int8 = Scalar<C>;
 template <Codes C> using Byte = Scalar<C>;
 constexpr const uint8_t* NIBBLE_ORDER = NATURAL_ORDER;

@@ -17,10 +17,16 @@ struct Scalar {
     for (int i = 0; i < CHUNK; ++i) {
       if constexpr (C == Codes::NIBBLE) v[i] = table[p[i / 2] >> (i % 2 * 4) & 15];
       if constexpr (C == Codes::CRUMB) v[i] = table[p[i / 4] >> (i % 4 * 2) & 3];
+      if constexpr (C == Codes::BIT) v[i] = table[p[i / 8] >> (i % 8) & 1];
       if constexpr (C == Codes::INT8) v[i] = float(int8_t(p[i]));
       if constexpr (C == Codes::OFFSET8) v[i] = float(p[i]) - 128.0f;
       if constexpr (C == Codes::E4M3 || C == Codes::E5M2) v[i] = table[p[i]];
     }
+    if constexpr (C == Codes::THREE)
+      for (int i = 0; i < CHUNK; i += 8, p += 3) {
+        const uint32_t word = p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16;
+        for (int j = 0; j < 8; ++j) v[i + j] = table[word >> (3 * j) & 7];
+      }
     if constexpr (C == Codes::SIX)
       for (int i = 0; i < CHUNK; i += 4, p += 3) {
         const uint32_t word = p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16;

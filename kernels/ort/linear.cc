@@ -209,8 +209,10 @@ void int_matrix(Matrix& m, const Tensor& codes, const Tensor& scale, int64_t bit
     return;
   }
   m.row_bytes = codes.shape[1] * (codes.type == UINT8 ? 1 : 4);
-  m.codes = bits == 8 ? Codes::OFFSET8 : bits == 4 ? Codes::NIBBLE : Codes::CRUMB;
-  for (int i = 0; i < (1 << std::min<int64_t>(bits, 4)); ++i) m.table[i] = float(i - (1 << (bits - 1)));
+  m.codes = bits == 8 ? Codes::OFFSET8 : bits == 4 ? Codes::NIBBLE : bits == 3 ? Codes::THREE
+          : bits == 2 ? Codes::CRUMB : Codes::BIT;
+  for (int i = 0; i < (1 << std::min<int64_t>(bits, 4)); ++i)
+    m.table[i] = bits == 1 ? float(2 * i - 1) : float(i - (1 << (bits - 1)));
 }
 
 }  // namespace compressor

@@ -9,14 +9,16 @@
 
 namespace compressor {
 
-// 4, 6 and 2 bits: codes of a table, little endian, low bits first (6 bits: four codes in three bytes). Others: as named.
-enum class Codes { NIBBLE, SIX, CRUMB, INT8, OFFSET8, E4M3, E5M2, BF16, FP32 };
+// 4, 6, 2, 1 and 3 bits: codes of a table, little endian, low bits first (6 bits: four codes in three bytes; 3 bits:
+// eight). Others: as named.
+enum class Codes { NIBBLE, SIX, CRUMB, BIT, THREE, INT8, OFFSET8, E4M3, E5M2, BF16, FP32 };
 
 constexpr int64_t CHUNK = 32;
 constexpr int64_t TOKENS_AT_ONCE = 128;  // at most, in one call of a kernel: their inputs stay in the second-level cache
 constexpr int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 constexpr int64_t chunk_bytes(Codes codes) {
   return codes == Codes::NIBBLE ? 16 : codes == Codes::SIX ? 24 : codes == Codes::CRUMB ? 8
+       : codes == Codes::BIT ? 4 : codes == Codes::THREE ? 12
        : codes == Codes::BF16 ? 64 : codes == Codes::FP32 ? 128 : 32;
 }
 
@@ -27,7 +29,7 @@ struct Matrix {
   const uint8_t* data = nullptr;
   int64_t row_bytes = 0;
   bool is_fp4 = false;  // nibbles of E2M1, which are integers in half steps
-  alignas(64) float table[64] = {};  // values of the codes of 2, 4 and 6 bits; 4 bits: exact in bfloat16
+  alignas(64) float table[64] = {};  // values of the codes of 1 to 4 and 6 bits; 4 bits: exact in bfloat16
 
   int64_t block = 0, scales_a_row = 1;
   const uint8_t* scale_bytes = nullptr;  // one byte each, its value in `step` …
