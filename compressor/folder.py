@@ -26,7 +26,8 @@ WEIGHTS = "model.safetensors"
 MANIFEST_FORMAT = 1
 # The manifest's entries that are Artifact.record's.
 RECORD = (
-    "model", "calibration", "steps", "layers", "kept", "parameters", "ledger", "structure", "graph", "quality"
+    "model", "calibration", "steps", "layers", "kept", "parameters", "ledger", "structure", "graph", "quality",
+    "expert_plan",
 )  # fmt: skip
 
 
