@@ -27,7 +27,7 @@ MANIFEST_FORMAT = 1
 # The manifest's entries that are Artifact.record's.
 RECORD = (
     "model", "calibration", "steps", "layers", "kept", "parameters", "ledger", "structure", "expert_index", "graph",
-    "quality",
+    "quality", "expert_plan",
 )  # fmt: skip
 
 

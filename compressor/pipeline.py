@@ -18,6 +18,7 @@ from compressor.artifact import Artifact
 from compressor.blockwise import device_of, placed
 from compressor.calibrate import fast_dtype
 from compressor.errors import DataError
+from compressor.expert_plan import check_mixture, expert_plan
 from compressor.layers import Packed, build, hold_dense
 from compressor.methods.structural import Structural
 from compressor.methods.transform import Transform, amends, stores
@@ -61,6 +62,8 @@ def compress(
     loaded = loaded_for(recipe, model, tokenizer)
     where = torch.device(device) if device else device_of(loaded.model)
     placements, _ = placements_of(loaded.model, recipe)
+    if recipe.expert_plan is not None:
+        check_mixture(outlined(loaded.model, recipe))
     torch.manual_seed(recipe.seed)
 
     source = data if data is not None else recipe.calibration.data
@@ -145,9 +148,13 @@ def compress(
         artifact.record |= {"parameters": _count(loaded.model), "structure": as_json(structure)}
     if ledger:
         artifact.record["ledger"] = ledger
-    if held_out is not None:
+    if held_out is not None or recipe.expert_plan is not None:
         compressed = artifact.model(dense=True, device=run.device)
-        artifact.record["quality"] = _quality(loaded, compressed, held_out, run)
+        if held_out is not None:
+            artifact.record["quality"] = _quality(loaded, compressed, held_out, run)
+        if recipe.expert_plan is not None:
+            seen = run.text(recipe.expert_plan.windows)
+            artifact.record["expert_plan"] = expert_plan(compressed, artifact, seen, recipe.expert_plan, progress)
     return artifact
 
 

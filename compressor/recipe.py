@@ -46,6 +46,19 @@ class Calibration(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+class ExpertPlan(_Frozen):
+    """What the manifest tells runtimes of a mixture of experts, measured on the compressed model (docs/moe.md).
+
+    windows     how many of the calibration text, of its length; the last tenth is held out, to try the plan on
+    pin_bytes   what experts that always stay in memory may take; None: a quarter of all experts
+    tolerance   how much more perplexity another number of experts a token may cost
+    """
+
+    windows: Annotated[int, Field(ge=2)] = 128
+    pin_bytes: Annotated[int, Field(ge=0)] | None = None
+    tolerance: Annotated[float, Field(ge=0)] = 0.05
+
+
 class Step(_Frozen):
     """A method and the modules it is for: fnmatch globs on the names of linears inside the model's blocks."""
 
@@ -72,6 +85,7 @@ class Recipe(_Frozen):
     graph: Literal["portable", "ort"] = "portable"
     experts: Literal["mixed", "qmoe"] = "mixed"
     lean: bool = True  # linears of low rank run without activations of full width
+    expert_plan: ExpertPlan | None = None
     steps: Annotated[list[Step], Field(min_length=1)]
 
     @classmethod
@@ -97,6 +111,9 @@ class Recipe(_Frozen):
             for step in self.steps
         ]
         return yaml.safe_dump(data, sort_keys=False, width=120, allow_unicode=True)
+
+
+PARTS: dict[str, type[BaseModel]] = {"calibration": Calibration, "expert_plan": ExpertPlan}
 
 
 def shares_a_budget(step: Step) -> bool:
@@ -251,7 +268,8 @@ def _sentence(keys: Keys, wrong: Any) -> str:
     name = ".".join(words[2:] if words[0] == "steps" and len(words) > 2 else words)
     kind, context, got = wrong["type"], wrong.get("ctx", {}), wrong["input"]
     if kind == "extra_forbidden":
-        known = Calibration.model_fields if "calibration" in keys[:-1] else {**Recipe.model_fields, "extends": None}
+        inside = next((part for name, part in PARTS.items() if name in keys[:-1]), None)
+        known = inside.model_fields if inside else {**Recipe.model_fields, "extends": None}
         return f"unknown option '{keys[-1]}'; {nearest(str(keys[-1]), known)}"
     if kind == "missing":
         return f"'{words[-1]}' is missing; add it."

@@ -112,8 +112,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         lowrank_attention,
         lowrank_ffn,
         lowrank_linear,
-        sparsify,
         mixed_bit_moe,
+        sparsify,
     )
 
     ops = torch.ops.compressor
