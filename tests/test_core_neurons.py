@@ -97,6 +97,17 @@ def test_contributions_retain_more_energy_than_positive_counts_on_each_layer(tin
     assert all(a > b + 0.05 for a, b in zip(retained["contribution"], retained["positive"], strict=True))
 
 
+def test_a_larger_core_is_nearer_to_the_dense_model(tiny):
+    model = tiny("llama", **WIDE["llama"])
+    dense = decoded(model, IDS, 30)[1:].log_softmax(-1)
+    found = []
+    for share in (1.0, 0.75, 0.5, 0.25):
+        with core_neurons(model, share):
+            ours = decoded(model, IDS, 30)[1:].log_softmax(-1)
+        found.append((dense.exp() * (dense - ours)).sum(-1).mean().item())
+    assert found[0] == 0 and found == sorted(set(found))
+
+
 def test_a_refresh_gathers_only_where_the_core_has_changed(tiny):
     model = tiny("llama", **WIDE["llama"])
     calls = []
