@@ -246,7 +246,7 @@ def check_optimum(folder: Path, scratch: Path) -> list[Check]:
 
 
 def check_genai(folder: Path, scratch: Path) -> list[Check]:
-    """The folder in onnxruntime-genai: tokenizer, and greedy tokens without activation rounding."""
+    """The folder in onnxruntime-genai: tokenizer, and greedy tokens without what jumps."""
     import onnxruntime_genai as genai
 
     from compressor.runtimes import OnnxSession
@@ -257,8 +257,8 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     tokenizer = genai.Tokenizer(model)
     rows = [_same_tokens(name, artifact, lambda t: tokenizer.encode(t).tolist(), special=False)]
     view = ""
-    if rounds_activations(artifact):  # two runtimes do not agree on such tokens, right as they are (docs/verify.md)
-        folder, view = _without_rounding(folder, scratch / "genai"), " without activation rounding"
+    if left_out := jumps(artifact):  # two runtimes do not agree on such tokens, right as they are (docs/verify.md)
+        folder, view = _smooth(folder, scratch / "genai"), f" without {' or '.join(left_out)}"
         model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(
@@ -273,8 +273,8 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     return [*rows, _tokens(name, f"greedy{view}", *_until_end(artifact, tokens, expected))]
 
 
-def _without_rounding(folder: Path, made: Path) -> Path:
-    """`made`: the folder with a graph that does not round activations, over the same files where links are possible."""
+def _smooth(folder: Path, made: Path) -> Path:
+    """`made`: the folder with a graph without what jumps, over the same files where links are possible."""
     from compressor.exporters.onnx_graph import smooth_graph
     from compressor.runtimes import read_graph
 
