@@ -201,6 +201,10 @@ for share in (25, 40, 50):
         chosen = [f"r_sparse.{option}" for option in (f"sparsity={share / 100}", *options)]
         ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, None if rule == "TEAL" else f"r-sparse-{share}")
     ROWS[f"r-sparse-{share}"] = ("r-sparse-50", [f"r_sparse.sparsity={share / 100}"], f"r-sparse-{share}, TEAL")
+# TEAL's own protocol: each window's first half is dense. Every other row has all tokens but the first sparse.
+HALF_DENSE = [f"{name}, first half of each window dense" for name in ("r-sparse-50, TEAL", "r-sparse-50")]
+ROWS[HALF_DENSE[0]] = (*ROWS["r-sparse-50, TEAL"][:2], None)
+ROWS[HALF_DENSE[1]] = (*ROWS["r-sparse-50"][:2], HALF_DENSE[0])
 ROWS["r-sparse-40-w4a16"] = ("r-sparse-40-w4a16", [], "w4a16-gptq")
 
 
@@ -253,7 +257,8 @@ def main() -> None:
         recipe = Recipe.load(recipe_name, [*overrides, f"calibration.windows={arguments.calibration_windows}"])
         artifact = compress(original.model, recipe, tokenizer=original.tokenizer, data=arguments.data, measure=False)
         model = artifact.model(dense=True, device=arguments.device)
-        found = measure(torch_runner(model), test, base)
+        dense = 0.5 if name in HALF_DENSE else 0.0
+        found = measure(torch_runner(model), test, base, dense=dense)
         covered = coverage(artifact)
         line = {
             "commit": git.stdout.strip(),
@@ -261,6 +266,7 @@ def main() -> None:
             **({"model": Path(arguments.model).name} if arguments.model else {}),
             "calibration_windows": arguments.calibration_windows,
             "windows": arguments.windows,
+            **({"dense_share": dense} if dense else {}),
             "device": arguments.device,
             "bits_per_weight": covered["bits_per_compressed_weight"] or 16.0,  # factors that nothing packs are bf16
             "parameters": round(covered["parameters"] / covered["original_parameters"], 4),

@@ -282,11 +282,25 @@ def probe_command(
     windows: WindowCount = 16,
     length: WindowLength = 512,
     error: Annotated[float, typer.Option(metavar="E", help="Share of a layer's output that may be lost.")] = 0.05,
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Say instead which neurons a token does not need, and what is massive.")
+    ] = False,
+    percent: Annotated[
+        float, typer.Option("--ppl", metavar="P", help="With --sparsity: per cent that perplexity may rise.")
+    ] = 1.0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="With --sparsity: draw the neurons by layer.")
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Say how much depth and width each block would bear to lose; nothing is changed."""
     with Job(verbose):
+        if sparsity:
+            _probe_sparsity(source, data, windows, length, percent, plot, as_json, verbose)
+            return
+        if plot is not None:
+            raise RecipeError("--plot draws what --sparsity measures; give both, or neither.")
         from compressor.tolerance import probe
 
         with console.working(quiet=as_json, verbose=verbose) as progress:
@@ -295,6 +309,38 @@ def probe_command(
             console.emit(rows)
         else:
             console.show_tolerances(rows, error)
+
+
+def _probe_sparsity(
+    source: str,
+    data: str | None,
+    windows: int,
+    length: int,
+    percent: float,
+    plot: Path | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """`compress probe --sparsity`."""
+    from compressor.chart import bars
+    from compressor.sparsity_probe import probe_sparsity
+
+    if not percent > 0:
+        raise RecipeError(f"--ppl {percent:g}: must be above 0 per cent; 1 is usual.")
+    if plot is not None and (plot.suffix != ".svg" or not plot.absolute().parent.is_dir()):
+        raise OutputError(f"--plot {plot}: must be a file that ends in .svg, in a folder that exists.")
+    with console.working(quiet=as_json, verbose=verbose) as progress:
+        found = probe_sparsity(source, data, windows=windows, length=length, percent=percent, progress=progress)
+    if plot is not None:
+        rows = found["layers"]
+        title = f"{source}: neurons left out at perplexity x {found['ratio']:.3f} (PPL-{percent:g} %)"
+        numbers = [str(i) for i in range(len(rows))]
+        svg = bars(title, numbers, [r["left_out"] for r in rows], "feed-forward layer", "share of neurons left out")
+        plot.write_text(svg, encoding="utf-8")
+    if as_json:
+        console.emit(found)
+    else:
+        console.show_sparsity(found)
 
 
 @app.command("bench")

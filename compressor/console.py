@@ -188,6 +188,31 @@ def show_tolerances(rows: Sequence[Mapping[str, Any]], error: float) -> None:
     say(table(("block", "turned", f"channels that can go at {error:g}", "share of the least head"), cells))
 
 
+def show_sparsity(found: Mapping[str, Any]) -> None:
+    """One line a layer, then what is massive."""
+    cells = [
+        (r["layer"], f"{r['left_out']:.3f}", f"{r['excluded']:.4f}", f"{r['moved']:.3f}", f"{r['ratio']:.0f}")
+        for r in found["layers"]
+    ]
+    say(table(("layer", "neurons left out", "tokens excluded", "they move it by", "largest / median"), cells))
+    fit, judged, length = found["windows"]
+    mean, ratio = found["left_out"], found["ratio"]
+    say(
+        "",
+        f"PPL-{found['percent']:g} %: {mean:.1%} of neurons left out, CETT {found['cett']:.4f}, "
+        f"perplexity x {ratio:.4f} ({fit} windows of {length} tokens gave thresholds, {judged} others these figures)",
+    )
+    massive = found["massive"]
+    for kind in ("strict", "relative", "small"):
+        places = massive[kind]
+        said = "none"
+        if places["channels"]:
+            often = sorted(places["tokens"].items(), key=lambda item: -item[1])[:3]
+            said = f"channels {places['channels']}, tokens {', '.join(f'{t} ({n} values)' for t, n in often)}"
+        say(f"massive, {kind}: {said}")
+    say(f"tenfold jumps: up at {massive['onset'] or 'no block'}, down at {massive['offset'] or 'no block'}")
+
+
 def show_bench(report: Any) -> None:
     """The report as a Markdown table, ready for a README, and the line that says how it was made."""
     encoder = report.kind == "encoder"

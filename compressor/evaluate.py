@@ -64,13 +64,18 @@ class Windows:
     agreement: Tensor
 
 
-def measure(run: Runner, windows: Tensor, base: Runner | None = None, *, progress: Progress = Silent()) -> Windows:
-    """One language model on windows [S, L], against `base` where it is given."""
+def measure(
+    run: Runner, windows: Tensor, base: Runner | None = None, *, dense: float = 0.0, progress: Progress = Silent()
+) -> Windows:
+    """One language model on windows [S, L], against `base` where it is given.
+
+    dense: the share of each window, from its start, in which linears that skip small inputs skip none.
+    """
     losses, base_losses, kl, agreement = [], [], [], []
     progress.stage("evaluate", len(windows))
     for index, window in enumerate(windows):
         ids = window.unsqueeze(0)
-        with everywhere():
+        with everywhere(dense):
             scores = torch.log_softmax(run(ids)[0, :-1], dim=-1)
         target = window[1:].unsqueeze(-1)
         losses.append(-scores.gather(-1, target).double().mean())

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from compressor.kernels.sparsify import TOKENS, reference, sparsify
 
-_EVERYWHERE = ContextVar("_EVERYWHERE", default=False)
+_EVERYWHERE: ContextVar[float | None] = ContextVar("_EVERYWHERE", default=None)
 
 
 @contextmanager
-def everywhere() -> Iterator[None]:
-    """Sparsify every token but the first of a text, as decoding it token by token would: how quality is measured."""
-    token = _EVERYWHERE.set(True)
+def everywhere(dense: float = 0.0) -> Iterator[None]:
+    """Sparsify every token but the first of a text, as decoding it token by token would: how quality is measured.
+
+    dense: the share of its tokens, from the first on, that stay as they are; papers measure with half or more.
+    """
+    token = _EVERYWHERE.set(dense)
     try:
         yield
     finally:
@@ -71,10 +74,13 @@ class SparseLinear(nn.Module):
         return 0 if self.down is None else int(self.down.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _EVERYWHERE.get():
-            kept = reference(x, self.get_buffer("threshold"), "all")
-        else:
+        if (dense := _EVERYWHERE.get()) is None:
             kept = sparsify(x, self.get_buffer("threshold"), self.tokens)
+        else:
+            kept = reference(x, self.get_buffer("threshold"), "all")
+            if dense and x.dim() > 1:
+                first = int(dense * x.shape[-2])
+                kept[..., :first, :] = x[..., :first, :]
         y = self.inner(kept)
         return y if self.down is None or self.up is None else y + self.up(self.down(x))
 

@@ -278,7 +278,7 @@ def check_optimum(folder: Path, scratch: Path) -> list[Check]:
 
 
 def check_genai(folder: Path, scratch: Path) -> list[Check]:
-    """The folder in onnxruntime-genai: tokenizer, and greedy tokens of smooth arithmetic."""
+    """The folder in onnxruntime-genai: tokenizer, and greedy tokens without what jumps."""
     import onnxruntime_genai as genai
 
     from compressor.runtimes import OnnxSession
@@ -290,7 +290,7 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     rows = [_same_tokens(name, artifact, lambda t: tokenizer.encode(t).tolist(), special=False)]
     view = ""
     if left_out := jumps(artifact):  # two runtimes do not agree on such tokens, right as they are (docs/verify.md)
-        folder, view = _smoothed(folder, scratch / "genai"), f" without {' or '.join(left_out)}"
+        folder, view = _smooth(folder, scratch / "genai"), f" without {' or '.join(left_out)}"
         model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(
@@ -305,8 +305,8 @@ def check_genai(folder: Path, scratch: Path) -> list[Check]:
     return [*rows, _tokens(name, f"greedy{view}", *_until_end(artifact, tokens, expected))]
 
 
-def _smoothed(folder: Path, made: Path) -> Path:
-    """`made`: the folder with a graph of smooth arithmetic, over the same files where links are possible."""
+def _smooth(folder: Path, made: Path) -> Path:
+    """`made`: the folder with a graph without what jumps, over the same files where links are possible."""
     from compressor.exporters.onnx_graph import smooth_graph
     from compressor.runtimes import read_graph
 

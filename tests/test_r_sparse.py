@@ -48,6 +48,15 @@ def test_sparsify_keeps_what_is_large_and_the_first_token_of_longer_rows():
         assert torch.equal(sparsify.sparsify(x[:, 1:], threshold, tokens), torch.tensor([[[2.0, 0.0]]]))
 
 
+def test_everywhere_leaves_a_share_of_the_tokens_dense_where_it_is_asked_to():
+    layer = SparseLinear(nn.Linear(2, 2, bias=False), torch.full((2,), 9.0), "decode")
+    x = torch.ones(1, 5, 2)
+    for dense, first in ((0.0, 1), (0.5, 2), (1.0, 5)):
+        with torch.no_grad(), everywhere(dense):
+            y = layer(x)
+        assert torch.equal(y[:, :first], layer.inner(x[:, :first])) and not y[:, first:].any()
+
+
 def test_nothing_dropped_is_the_model_and_alpha_0_its_truncated_svd(tiny, tiny_tokenizer, text):
     model = tiny("llama")
     dense = made(tiny, tiny_tokenizer, text, sparsity=0.0, allocation="uniform").model()

@@ -36,6 +36,7 @@ model.
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.cett import CETT
 from compressor.methods.cfsp import CFSP
 from compressor.methods.correct import Correct
 from compressor.methods.depth import Depth
@@ -62,6 +63,7 @@ METHODS = {
     "smooth": Smooth,
     "svd": SVD,
     "r_sparse": RSparse,
+    "cett": CETT,
     "cfsp": CFSP,
     "depth": Depth,
     "experts": Experts,
