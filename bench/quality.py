@@ -201,6 +201,12 @@ for share in (25, 40, 50):
         chosen = [f"r_sparse.{option}" for option in (f"sparsity={share / 100}", *options)]
         ROWS[f"r-sparse-{share}, {rule}"] = ("r-sparse-50", chosen, None if rule == "TEAL" else f"r-sparse-{share}")
     ROWS[f"r-sparse-{share}"] = ("r-sparse-50", [f"r_sparse.sparsity={share / 100}"], f"r-sparse-{share}, TEAL")
+for share in (25, 40):  # up and down of all neurons are half of the demo model's linears: 50 % would leave none
+    ROWS[f"r-sparse-{share}, CATS"] = (
+        "r-sparse-50",
+        [f"steps=[{{cats: {{sparsity: {share / 100}}}}}]"],
+        f"r-sparse-{share}",
+    )
 # TEAL's own protocol: each window's first half is dense. Every other row has all tokens but the first sparse.
 HALF_DENSE = [f"{name}, first half of each window dense" for name in ("r-sparse-50, TEAL", "r-sparse-50")]
 ROWS[HALF_DENSE[0]] = (*ROWS["r-sparse-50, TEAL"][:2], None)

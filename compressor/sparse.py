@@ -1,4 +1,5 @@
-"""A linear that reads only what is large in its input: around any linear, which later steps treat like any other.
+"""A linear that reads only what is large in its input: around any linear, which later steps treat like any other; and
+an activation that gives only what is large.
 
     y = W_s (m ⊙ x) + A (B x) + b        m_j = |x_j| > threshold_j, W_s = W - A B
 
@@ -74,15 +75,45 @@ class SparseLinear(nn.Module):
         return 0 if self.down is None else int(self.down.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (dense := _EVERYWHERE.get()) is None:
-            kept = sparsify(x, self.get_buffer("threshold"), self.tokens)
-        else:
-            kept = reference(x, self.get_buffer("threshold"), "all")
-            if dense and x.dim() > 1:
-                first = int(dense * x.shape[-2])
-                kept[..., :first, :] = x[..., :first, :]
-        y = self.inner(kept)
+        y = self.inner(_kept(x, self.get_buffer("threshold"), self.tokens))
         return y if self.down is None or self.up is None else y + self.up(self.down(x))
 
     def extra_repr(self) -> str:
         return f"tokens={self.tokens}, rank={self.rank}"
+
+
+class SparseActivation(nn.Module):
+    """`activation`, one of transformers' by name, whose small values are 0: the neurons of a gate that a token uses.
+
+    threshold [D] float32 of D neurons; tokens as of SparseLinear.
+    """
+
+    def __init__(self, activation: str, threshold: Tensor, tokens: str):
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.activation, self.tokens = activation, tokens
+        self.function: nn.Module = ACT2FN[activation]
+        self.register_buffer("threshold", threshold)
+
+    @classmethod
+    def shaped(cls, features: int, activation: str, tokens: str) -> SparseActivation:
+        """One without values, on the meta device."""
+        return cls(activation, torch.empty(features, device="meta"), tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _kept(self.function(x), self.get_buffer("threshold"), self.tokens)
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, tokens={self.tokens}"
+
+
+def _kept(x: Tensor, threshold: Tensor, tokens: str) -> Tensor:
+    """x [..., S, K] with what `tokens`, or `everywhere`, leaves of it."""
+    if (dense := _EVERYWHERE.get()) is None:
+        return sparsify(x, threshold, tokens)
+    kept = reference(x, threshold, "all")
+    if dense and x.dim() > 1:
+        first = int(dense * x.shape[-2])
+        kept[..., :first, :] = x[..., :first, :]
+    return kept

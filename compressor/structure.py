@@ -2,8 +2,8 @@
 
 Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
 again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer), by one of low rank
-or by one that skips small inputs. What a config can say itself (a width that all layers share, the number of layers)
-is no difference.
+or by one that skips small inputs; an activation by one that gives large values only. What a config can say itself (a
+width that all layers share, the number of layers) is no difference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.lowrank import LowRankLinear
-from compressor.sparse import SparseLinear
+from compressor.sparse import SparseActivation, SparseLinear
 
 
 @dataclass(frozen=True)
 class Shaped:
     """The class and shape of one module; `attributes` are JSON and the arguments that make it."""
 
-    kind: str  # "linear" | "lowrank_linear" | "sparse_linear"
+    kind: str  # "linear" | "lowrank_linear" | "sparse_linear" | "sparse_activation"
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
@@ -36,6 +36,8 @@ class Shaped:
 
     def __str__(self) -> str:
         a = self.attributes
+        if self.kind == "sparse_activation":
+            return f"{self.kind} {a['activation']}"
         rank = f", rank {a['rank']}" if "rank" in a else ""
         return f"{self.kind} {a['out_features']}x{a['in_features']}{rank}"
 
@@ -48,17 +50,21 @@ KINDS: dict[str, Any] = {
     "linear": _linear,
     "lowrank_linear": LowRankLinear.shaped,
     "sparse_linear": SparseLinear.shaped,
+    "sparse_activation": SparseActivation.shaped,
 }
 
 Structure = dict[str, Shaped]
 
 
 def shape_of(module: nn.Module) -> Shaped | None:
-    """What `module` is, None where it is no kind of linear."""
+    """What `module` is, None where it is no kind of linear and no sparse activation."""
     if isinstance(module, SparseLinear):
         bias = getattr(module.inner, "bias", None)
         said: dict[str, Any] = {"rank": module.rank, "tokens": module.tokens}
         return Shaped("sparse_linear", _size(module) | said | {"bias": bias is not None})
+    if isinstance(module, SparseActivation):
+        told = {"activation": module.activation, "tokens": module.tokens}
+        return Shaped("sparse_activation", {"features": len(module.get_buffer("threshold"))} | told)
     if isinstance(module, LowRankLinear):
         own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
         bias = getattr(module.up, "bias", None)

@@ -26,7 +26,7 @@ from compressor.errors import CompressorError
 from compressor.folder import load
 from compressor.kernels import sparsify
 from compressor.layers import QuantEmbedding, QuantLinear, QuantModule, build
-from compressor.sparse import SparseLinear
+from compressor.sparse import SparseActivation, SparseLinear
 from compressor.verify import FAILED, LIBRARY, OK, SKIPPED, Check, relative
 
 PROMPT_TOKENS = 48
@@ -55,7 +55,7 @@ def padded_pair(ids: Tensor) -> tuple[Tensor, Tensor]:
 def jumps(artifact: Artifact) -> list[str]:
     """What makes the model's arithmetic jump, so that sums in another order may change a value much."""
     rounds = any(p.attributes.get("activations", "none") != "none" for p in artifact.packed.values())
-    sparse = any(shaped.kind == "sparse_linear" for shaped in artifact.structure.values())
+    sparse = any(shaped.kind.startswith("sparse_") for shaped in artifact.structure.values())
     return ["activation rounding"] * rounds + ["sparsity"] * sparse
 
 
@@ -64,7 +64,7 @@ def smooth(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.attributes["activations"] = "none"
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | SparseActivation):
             module.tokens = "none"
     return model
 
@@ -212,7 +212,8 @@ def _sparsity(name: str, folder: Path, ids: Tensor, artifact: Artifact) -> Check
     session = OnnxSession(folder, graph, name == LIBRARY)
     _, past = session.prefill(ids[:, :-1])
     outputs = session.run(ids[:, -1:], past)
-    sparse = {n: m for n, m in artifact.model().named_modules() if isinstance(m, SparseLinear)}
+    kinds = SparseLinear | SparseActivation
+    sparse: dict[str, Any] = {n: m for n, m in artifact.model().named_modules() if isinstance(m, kinds)}
     thresholds = {n.input[1]: n.input[1].removesuffix(".threshold") for n in nodes}
     if set(thresholds.values()) != set(sparse):
         return Check(name, "sparsity", FAILED, f"{len(thresholds)} nodes for {len(sparse)} layers")
@@ -222,7 +223,8 @@ def _sparsity(name: str, folder: Path, ids: Tensor, artifact: Artifact) -> Check
         x, y = (torch.from_numpy(outputs[value]) for value in (node.input[0], node.output[0]))
         if not torch.equal(y, sparsify.reference(x, module.get_buffer("threshold"), module.tokens)):
             return Check(name, "sparsity", FAILED, f"{thresholds[node.input[1]]}: keeps other inputs than our op")
-        read, total = read + int((y != 0).sum()) * module.out_features, total + y.numel() * module.out_features
+        width = getattr(module, "out_features", 1)  # weights that an input, or a neuron, stands for
+        read, total = read + int((y != 0).sum()) * width, total + y.numel() * width
     return Check(name, "sparsity", OK, f"{len(nodes)} nodes bit for bit; a decoded token read {read / total:.2f}")
 
 

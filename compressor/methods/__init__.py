@@ -36,6 +36,7 @@ model.
 Adding a method is one file, its test and one line here.
 """
 
+from compressor.methods.cats import CATS
 from compressor.methods.cett import CETT
 from compressor.methods.cfsp import CFSP
 from compressor.methods.correct import Correct
@@ -63,6 +64,7 @@ METHODS = {
     "smooth": Smooth,
     "svd": SVD,
     "r_sparse": RSparse,
+    "cats": CATS,
     "cett": CETT,
     "cfsp": CFSP,
     "depth": Depth,
