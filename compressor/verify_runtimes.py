@@ -245,7 +245,7 @@ def _expert_nodes(
         expected = reference(x, weights, packed.experts, **packed.attributes)
         worst = max(worst, relative(y.numpy(), expected.numpy()))
     status = OK if worst <= allowed else FAILED
-    return Check(name, "experts", status, f"{len(nodes)} layers, worst {worst:.1e}, allowed {allowed:.0e}")
+    return Check(name, "experts", status, f"layers: {len(nodes)}, worst {worst:.1e}, allowed {allowed:.0e}")
 
 
 def check_optimum(folder: Path, scratch: Path) -> list[Check]:
