@@ -2,7 +2,8 @@
 
 Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
 again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer) or by one of low
-rank. What a config can say itself (a width that all layers share, the number of layers) is no difference.
+rank, and a feed-forward layer by one in parts, whose linears can be replaced in turn.
+What a config can say itself (a width that all layers share, the number of layers) is no difference.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.lowrank import LowRankLinear
+from compressor.routed import RoutedFFN
 
 
 @dataclass(frozen=True)
 class Shaped:
     """The class and shape of one module; `attributes` are JSON and the arguments that make it."""
 
-    kind: str  # "linear" | "lowrank_linear"
+    kind: str  # "linear" | "lowrank_linear" | "routed_ffn"
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
@@ -34,6 +36,8 @@ class Shaped:
 
     def __str__(self) -> str:
         a = self.attributes
+        if self.kind == "routed_ffn":
+            return f"feed-forward layer of {a['experts']} experts, {a['top_k']} for each token"
         rank = f", rank {a['rank']}" if "rank" in a else ""
         return f"{self.kind} {a['out_features']}x{a['in_features']}{rank}"
 
@@ -42,13 +46,15 @@ def _linear(out_features: int, in_features: int, bias: bool) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias, device="meta")
 
 
-KINDS: dict[str, Any] = {"linear": _linear, "lowrank_linear": LowRankLinear.shaped}
+KINDS: dict[str, Any] = {"linear": _linear, "lowrank_linear": LowRankLinear.shaped, "routed_ffn": RoutedFFN.shaped}
 
 Structure = dict[str, Shaped]
 
 
 def shape_of(module: nn.Module) -> Shaped | None:
-    """What `module` is, None where it is neither a linear nor one of low rank."""
+    """What `module` is, None where it is neither a linear, one of low rank nor a layer in parts."""
+    if isinstance(module, RoutedFFN):
+        return Shaped("routed_ffn", module.attributes())
     if isinstance(module, LowRankLinear):
         own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
         bias = getattr(module.up, "bias", None)
@@ -74,13 +80,15 @@ def between(stock: nn.Module, model: nn.Module) -> Structure:
             raise ModelError(f"{name} is not in the {type(stock).__name__} of the config; change the config with it.")
         if shaped != shape_of(known[name]):
             found[name] = shaped
+            if isinstance(module, RoutedFFN):
+                found |= {f"{name}.{inner}": s for inner, s in between(shaped.module(), module).items()}
     return found
 
 
 def reshape(model: nn.Module, structure: Mapping[str, Shaped]) -> nn.Module:
     """Put modules without values in the places that `structure` names; returns `model`."""
-    for name, shaped in structure.items():
-        model.set_submodule(name, shaped.module())
+    for name in sorted(structure):  # a layer in parts before its linears
+        model.set_submodule(name, structure[name].module())
     return model
 
 

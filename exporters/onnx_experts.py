@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.mixtures import MoEView, Routing, mixtures, replying
+from compressor.routed import RoutedFFN
 
 TOLERANCE = 1e-4  # of float32 sums in another order, relative to the largest output
 PROBE = (2, 24)  # batch, sequence
@@ -38,7 +39,10 @@ def _dense(model: nn.Module, view: MoEView) -> Callable[..., Any]:
     x = torch.randn(*PROBE, view.weight.shape[1], generator=torch.Generator().manual_seed(0))
     given = view.module(x)
     expected = given if isinstance(given, Tensor) else given[0]
-    choose = _router(model, view, view.routing(x.flatten(0, 1)))
+    if isinstance(view.module, RoutedFFN):
+        choose: Function = view.module.weights
+    else:
+        choose = _router(model, view, view.routing(x.flatten(0, 1)))
     routed = _routed(view, choose)
     for shared in _shared(view.module):
         y = routed(x) if shared is None else routed(x) + shared(x)
