@@ -67,8 +67,8 @@ def balanced(cost: Tensor, size: int) -> Tensor:
 
     Every row starts in its cheapest column. As long as a column has too many rows, one row after another moves along
     the path of columns, from one with too many to one with too few, that costs least: successive shortest paths, in a
-    graph of k nodes whose edge k -> l is the row of k that moves to l for least. (A general assignment solver needs
-    every column `size` times over: 38 s for 4032 rows in scipy.)
+    graph of k nodes whose edge k -> l is the row of k that moves to l for least. (An assignment solver
+    would need every column `size` times over, and n³ steps.)
     """
     costs = cost.numpy()
     columns = costs.shape[1]

@@ -187,9 +187,12 @@ class _FFN:
 def _part(ffn: _FFN, gate: Any, up: Any, down: Any, channels: Tensor, with_bias: bool) -> Any:
     """The expert of these channels; only one of all may have the bias of the output."""
     at = channels.to(gate.weight.device)
-    rows = (linear_like(m, m.weight.detach()[at], None if m.bias is None else m.bias.detach()[at]) for m in (gate, up))
+
+    def rows(layer: Any) -> nn.Linear:
+        return linear_like(layer, layer.weight.detach()[at], None if layer.bias is None else layer.bias.detach()[at])
+
     last = linear_like(down, down.weight.detach()[:, at], down.bias if with_bias else None)
-    return expert_of(ffn.names, *rows, last, ffn.act)
+    return expert_of(ffn.names, rows(gate), rows(up), last, ffn.act)
 
 
 class _Held:
@@ -200,7 +203,7 @@ class _Held:
         self.windows = 0
         device = device_of(module)
         self.together = torch.zeros(ffn.channels, ffn.channels, device=device)
-        self.norm: Tensor = module.get_submodule(ffn.names[2]).weight.detach().norm(dim=0)  # type: ignore[union-attr]
+        self.norm = module.get_parameter(f"{ffn.names[2]}.weight").detach().norm(dim=0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
