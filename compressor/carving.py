@@ -9,8 +9,8 @@ The channels with the largest n_j are shared by all tokens. The rest go to group
 groups get new means, and so on for a few rounds (Pei et al. 2025, "CMoE", arXiv 2502.04416). Integers throughout, so
 that the same text gives the same groups.
 
-The router is not CMoE's, one channel of each expert, which barely beats chance (bench/moeify.py), but the least squares
-of log Σ_j h_tj² over an expert's channels on the layer's input x: one solution of H equations, no training.
+The router is not CMoE's, one channel of each expert (bench/moeify.py has it beside ours), but the least squares of
+log Σ_j h_tj² over an expert's channels on the layer's input x: one solution of H equations, no training.
 """
 
 from __future__ import annotations
