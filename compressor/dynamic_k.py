@@ -20,7 +20,8 @@ from compressor.expert_plan import listening
 from compressor.mixtures import MoEView
 from compressor.progress import Progress
 
-NAMES = ("top_k", "num_experts_per_tok")  # of what holds the number: the router, its layer, the config
+IN_CONFIG = "num_experts_per_tok"
+IN_MODULE = ("top_k", IN_CONFIG)  # of a router or its layer; a config's top_k is another thing
 STEPS = 4  # at most so many values on either side of K and K/2
 
 
@@ -33,18 +34,22 @@ def counts(top_k: int, experts: int) -> list[int]:
 
 def default_of(model: Any, views: Mapping[str, MoEView]) -> int:
     """The number the model was made for: its config's, else that of a layer of ours. Raises ModelError for neither."""
-    holders = [model.config, *(m for view in views.values() for m in view.module.modules())]
-    found = (vars(h).get(name) for h in holders for name in reversed(NAMES))
+    found = (vars(holder).get(name) for holder, name in _holders(model, views))
     if (top_k := next((k for k in found if type(k) is int), None)) is None:
         raise ModelError(f"{type(model).__name__}: nothing says how many experts a token goes to; drop expert_plan.")
     return top_k
 
 
+def _holders(model: Any, views: Mapping[str, MoEView]) -> list[tuple[Any, str]]:
+    """Every object, and its attribute, that may hold the number."""
+    modules = [m for view in views.values() for m in view.module.modules()]
+    return [(model.config, IN_CONFIG), *((m, name) for m in modules for name in IN_MODULE)]
+
+
 @contextmanager
 def going_to(model: Any, views: Mapping[str, MoEView], before: int, k: int) -> Iterator[None]:
     """While this is open, tokens go to k experts where they went to `before`."""
-    holders = [model.config, *(m for view in views.values() for m in view.module.modules())]
-    held = [(h, name) for h in holders for name in NAMES if vars(h).get(name) == before]
+    held = [(holder, name) for holder, name in _holders(model, views) if vars(holder).get(name) == before]
     try:
         for holder, name in held:
             setattr(holder, name, k)
@@ -70,7 +75,7 @@ def profile(
     experts            by layer, what an expert has: parameters, and bytes one by one
     tolerance          a number is allowed up to (1 + tolerance) times the default's perplexity
     Numbers that a router does not follow (groups of experts may hold fewer) are listed and not measured.
-    Raises ModelError for a model that whose tokens do not go to as many experts as it says.
+    Raises ModelError for a model whose tokens do not go to as many experts as it says.
     """
     default = default_of(model, views)
     asked = counts(default, min(len(view) for view in views.values()))

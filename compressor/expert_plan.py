@@ -153,7 +153,7 @@ def cache_plan(
     pins = pinned({n: use.freq for n, use in zip(names, uses, strict=True)}, sizes, budget)
     layers, cut = [], []
     for name, use in zip(names, uses, strict=True):
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "bytes": sizes[name],
             "bits": [round(8 * size / weights[name], DIGITS) for size in sizes[name]],

@@ -88,19 +88,11 @@ class MoEView:
     def get(self, expert: int) -> Weights:
         """One expert's weights, not copied. Which is which is tried out. Raises ModelError when nothing fits."""
         module, act = self.experts[expert], self.activation()
-        own = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
         x = torch.randn(4, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight)
-        expected = module(x)
-        for gate, up, down in ((g, u, d) for g in own for u in own for d in own if len({g, u, d}) == 3 == len(own)):
-            if own[gate].in_features != x.shape[1] or own[gate].weight.shape != own[up].weight.shape:
-                continue
-            if own[down].in_features == own[gate].out_features and own[down].out_features == x.shape[1]:
-                y = own[down](act(own[gate](x), own[up](x)))
-                if (y - expected).abs().amax() <= SAME * expected.abs().amax().clamp_min(1e-30):
-                    names = (gate, up, down)
-                    a, b, c = (own[n] for n in names)
-                    biases = a.bias, b.bias, c.bias
-                    return Weights(a.weight.detach(), b.weight.detach(), c.weight.detach(), biases, names)
+        if names := roles(module, act, x):
+            a, b, c = (module.get_submodule(n) for n in names)
+            biases = a.bias, b.bias, c.bias
+            return Weights(a.weight.detach(), b.weight.detach(), c.weight.detach(), biases, names)
         raise ModelError(f"{self.container}.{expert} is not a gate, an up and a down projection; it is not supported.")
 
     def set(self, expert: int, weights: Weights) -> None:
@@ -218,6 +210,22 @@ class ExpertUse:
         self.counts += other.counts
         self.scores += other.scores
         self.squares += other.squares
+
+
+@torch.no_grad()
+def roles(module: nn.Module, act: nn.Module, x: Tensor) -> tuple[str, str, str] | None:
+    """The names of gate, up and down in a module of three linears that computes down(act(gate(x), up(x))), found by
+    trying x [T, H]; None for any other module."""
+    own = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    expected = module(x)
+    for gate, up, down in ((g, u, d) for g in own for u in own for d in own if len({g, u, d}) == 3 == len(own)):
+        if own[gate].in_features != x.shape[1] or own[gate].weight.shape != own[up].weight.shape:
+            continue
+        if own[down].in_features == own[gate].out_features and own[down].out_features == x.shape[1]:
+            y = own[down](act(own[gate](x), own[up](x)))
+            if (y - expected).abs().amax() <= SAME * expected.abs().amax().clamp_min(1e-30):
+                return gate, up, down
+    return None
 
 
 def _spread(values: Tensor) -> float:

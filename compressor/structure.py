@@ -2,8 +2,9 @@
 
 Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
 again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer), by one of low rank
-or by one that skips small inputs; an activation by one that gives large values only. What a config can say itself (a
-width that all layers share, the number of layers) is no difference.
+or by one that skips small inputs; an activation by one that gives large values only; a feed-forward layer by one in
+parts, whose linears can be replaced in turn. What a config can say itself (a width that all layers share, the number of
+layers) is no difference.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.lowrank import LowRankLinear
+from compressor.routed import RoutedFFN
 from compressor.sparse import SparseActivation, SparseLinear
 
 
@@ -25,7 +27,7 @@ from compressor.sparse import SparseActivation, SparseLinear
 class Shaped:
     """The class and shape of one module; `attributes` are JSON and the arguments that make it."""
 
-    kind: str  # "linear" | "lowrank_linear" | "sparse_linear" | "sparse_activation"
+    kind: str  # one of KINDS
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
@@ -38,6 +40,8 @@ class Shaped:
         a = self.attributes
         if self.kind == "sparse_activation":
             return f"{self.kind} {a['activation']}"
+        if self.kind == "routed_ffn":
+            return f"feed-forward layer of {a['experts']} experts, {a['top_k']} for each token"
         rank = f", rank {a['rank']}" if "rank" in a else ""
         return f"{self.kind} {a['out_features']}x{a['in_features']}{rank}"
 
@@ -51,13 +55,14 @@ KINDS: dict[str, Any] = {
     "lowrank_linear": LowRankLinear.shaped,
     "sparse_linear": SparseLinear.shaped,
     "sparse_activation": SparseActivation.shaped,
+    "routed_ffn": RoutedFFN.shaped,
 }
 
 Structure = dict[str, Shaped]
 
 
 def shape_of(module: nn.Module) -> Shaped | None:
-    """What `module` is, None where it is no kind of linear and no sparse activation."""
+    """What `module` is, None where it is no kind of linear, no sparse activation and no layer in parts."""
     if isinstance(module, SparseLinear):
         bias = getattr(module.inner, "bias", None)
         said: dict[str, Any] = {"rank": module.rank, "tokens": module.tokens}
@@ -65,6 +70,8 @@ def shape_of(module: nn.Module) -> Shaped | None:
     if isinstance(module, SparseActivation):
         told = {"activation": module.activation, "tokens": module.tokens}
         return Shaped("sparse_activation", {"features": len(module.get_buffer("threshold"))} | told)
+    if isinstance(module, RoutedFFN):
+        return Shaped("routed_ffn", module.attributes())
     if isinstance(module, LowRankLinear):
         own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
         bias = getattr(module.up, "bias", None)
@@ -90,13 +97,15 @@ def between(stock: nn.Module, model: nn.Module) -> Structure:
             raise ModelError(f"{name} is not in the {type(stock).__name__} of the config; change the config with it.")
         if shaped != shape_of(known[name]):
             found[name] = shaped
+            if isinstance(module, RoutedFFN):
+                found |= {f"{name}.{inner}": s for inner, s in between(shaped.module(), module).items()}
     return found
 
 
 def reshape(model: nn.Module, structure: Mapping[str, Shaped]) -> nn.Module:
     """Put modules without values in the places that `structure` names; returns `model`."""
-    for name, shaped in structure.items():
-        model.set_submodule(name, shaped.module())
+    for name in sorted(structure):  # a layer in parts before its linears
+        model.set_submodule(name, structure[name].module())
     return model
 
 

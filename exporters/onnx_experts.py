@@ -20,6 +20,7 @@ from compressor.errors import ModelError
 from compressor.exporters.onnx_moe import MODULE
 from compressor.kernels.mixed_bit_moe import PackedExperts
 from compressor.mixtures import MoEView, Routing, mixtures, replying
+from compressor.routed import RoutedFFN
 
 TOLERANCE = 1e-4  # of float32 sums in another order, relative to the largest output
 PROBE = (2, 24)  # batch, sequence
@@ -61,7 +62,10 @@ def _dense(model: nn.Module, view: MoEView) -> Callable[..., Any]:
     x = _probe(view)
     given = view.module(x)
     expected = given if isinstance(given, Tensor) else given[0]
-    choose = _router(model, view, view.routing(x.flatten(0, 1)))
+    if isinstance(view.module, RoutedFFN):
+        choose: Function = view.module.weights
+    else:
+        choose = _router(model, view, view.routing(x.flatten(0, 1)))
     packed = PackedExperts.of(view)
     if isinstance(packed, PackedExperts):
         view.module.add_module(MODULE, packed)

@@ -44,6 +44,7 @@ from compressor.methods.depth import Depth
 from compressor.methods.experts import Experts
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
+from compressor.methods.moeify import Moeify
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
@@ -69,5 +70,6 @@ METHODS = {
     "cfsp": CFSP,
     "depth": Depth,
     "experts": Experts,
+    "moeify": Moeify,
     "recover": Recover,
 }
