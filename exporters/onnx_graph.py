@@ -2,7 +2,8 @@
 
 Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one through genai_config.json, written
 here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion and onnx_sites (for
-`graph: ort`), onnx_nodes and onnx_functions (compressed modules and what they compute), onnx_weights (initializers).
+`graph: ort`), onnx_sparse (masks and linears), onnx_nodes and onnx_functions (compressed modules and what they
+compute), onnx_weights (initializers).
 Below: two views of a written graph for verification.
 """
 
@@ -23,6 +24,7 @@ from compressor.exporters import (
     onnx_nodes,
     onnx_qmoe,
     onnx_sites,
+    onnx_sparse,
     onnx_weights,
 )
 
@@ -65,6 +67,8 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
     onnx_weights.bind(graph, weights, artifact.tied, state)
     if artifact.recipe.graph == "ort":
         merged = onnx_sites.merge(graph, weights)
+    onnx_sparse.fuse(graph)
+    if artifact.recipe.graph == "ort":
         artifact.record["graph"] |= onnx_fusion.counted(graph.graph) | ({"merged linears": merged} if merged else {})
     _finish_experts(artifact, model, graph)
     onnx_functions.attach_bodies(graph)
@@ -148,7 +152,7 @@ def smooth_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph:
         if node.domain == onnx_nodes.DOMAIN and "activations" in node.attributes:
             node.attributes["activations"] = ir.AttrString("activations", "none")
-        if node.domain == onnx_nodes.DOMAIN and node.op_type == "Sparsify":
+        if node.domain == onnx_nodes.DOMAIN and node.op_type in ("Sparsify", "SparseLinear"):
             node.attributes["tokens"] = ir.AttrString("tokens", "none")
     onnx_functions.attach_bodies(model)
     return ir.to_proto(model)

@@ -8,11 +8,12 @@ from torch import nn
 
 from compressor import Recipe, compress, load, sparsity
 from compressor.errors import RecipeError
-from compressor.kernels import sparsify
+from compressor.kernels import native, sparsify
 from compressor.layers import QuantLinear
+from compressor.runtimes import read_graph
 from compressor.sparse import SparseLinear, everywhere
 from compressor.sparsity import Choices
-from compressor.verify import FAILED, OK, verify
+from compressor.verify import FAILED, LIBRARY, OK, verify
 
 IDS = torch.arange(4, 40)[None]
 
@@ -135,17 +136,27 @@ def test_massive_tokens_do_not_move_thresholds():
     assert torch.equal(sparsity.usual(spiked), x)
 
 
-def test_a_sparse_folder_runs_everywhere_and_its_inner_linears_are_quantized(tiny, tiny_tokenizer, text, tmp_path):
-    quantize = {"quantize": {"targets": ["*.inner"], "weights": "int4", "group_size": 32}}
-    chosen = recipe({"r_sparse": {"sparsity": 0.5, "alpha": 0.8}}, quantize)
-    artifact = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text)
+@pytest.mark.parametrize(
+    ("inner", "graph"), [("float", "portable"), ("float", "ort"), ("int4", "ort"), ("nvfp4", "portable")]
+)
+def test_a_sparse_folder_runs_everywhere_and_its_inner_linears_are_quantized(
+    tiny, tiny_tokenizer, text, tmp_path, inner, graph
+):
+    quantize = {"targets": ["*.inner"], "weights": inner} | ({"group_size": 32} if inner == "int4" else {})
+    steps = [] if inner == "float" else [{"quantize": quantize}]
+    chosen = recipe({"r_sparse": {"sparsity": 0.5, "alpha": 0.8, "allocation": "uniform"}}, *steps, graph=graph)
+    artifact = compress(tiny("llama"), chosen, tokenizer=tiny_tokenizer, data=text, measure=False)
     layer = artifact.model().model.layers[0].mlp.down_proj
-    assert isinstance(layer, SparseLinear) and isinstance(layer.inner, QuantLinear) and layer.rank
+    assert isinstance(layer, SparseLinear) and isinstance(layer.inner, QuantLinear) == (inner != "float") and layer.rank
     folder = artifact.save(tmp_path / "out")
     assert torch.equal(logits(load(folder).model()), logits(artifact.model()))
-    report = verify(folder, runtimes=("torch", "onnxruntime"))
+    nodes = [n for n in read_graph(folder).graph.node if n.op_type in ("Sparsify", "SparseLinear")]
+    assert [n.op_type for n in nodes] == ["SparseLinear"] * 14
+    assert {a.s.decode() for n in nodes for a in n.attribute if a.name == "format"} == {inner}
+    report = verify(folder, runtimes=("torch", "onnxruntime", LIBRARY))
     assert report.ok, [r for r in report.rows if r.status == FAILED]
-    assert {r.runtime for r in report.rows if r.status == OK} == {"files", "torch", "onnxruntime"}
+    ran = {r.runtime for r in report.rows if r.status == OK}
+    assert ran == {"files", "torch", "onnxruntime"} | ({LIBRARY} if native.built() else set())
 
 
 def test_errors():
