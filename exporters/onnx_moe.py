@@ -28,7 +28,7 @@ def body(op: functions.Body, v: Mapping[str, Any], a: Mapping[str, Any]) -> ir.V
     total: ir.Value | None = None
     for e, own in enumerate(pieces(op, v["experts"], a)):
         bits = int(a["bits"][e])
-        dense = []
+        dense: list[ir.Value] = []
         for (packed, scale), columns in zip(own, (a["hidden"], a["hidden"], a["intermediate"]), strict=True):
             group = a["down_group_size" if len(dense) == 2 else "group_size"]
             inside = {"bits": bits, "group_size": group, "in_features": columns}

@@ -182,16 +182,21 @@ class PackedExperts(nn.Module):
 def _refusal(view: MoEView) -> str | None:
     from compressor.experts import Clamped
     from compressor.layers import IntLinear, QuantLinear
+    from compressor.routed import RoutedFFN
 
+    if isinstance(view.module, RoutedFFN):
+        return "they are parts of a dense layer, which the file does not keep together"
     shapes: set[Any] = set()
     for expert in view.experts:
-        own = {n: m for n, m in expert.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+        own: dict[str, Any] = {
+            n: m for n, m in expert.named_modules() if isinstance(m, nn.Linear | QuantLinear)
+        }
         if any(isinstance(m, Clamped) for m in expert.modules()):
             return "their activation is clamped"
         for layer in own.values():
             if not isinstance(layer, IntLinear) or "weight_packed" not in layer._buffers:
                 return "not all of their weights are packed integers"
-            a = layer.attributes
+            a: dict[str, Any] = layer.attributes
             if layer.optional("bias") is not None:
                 return "their linears have biases"
             if a["activations"] != "none" or a.get("hadamard") or layer.optional("input_offset") is not None:
