@@ -7,9 +7,9 @@ formats, stay two nodes, which compute the same and read every weight.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compressor.exporters.onnx_nodes import DOMAIN
+from compressor.exporters.onnx_nodes import DOMAIN, SHAPE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +38,7 @@ def fuse(model: ir.Model) -> None:
         if inner is None:
             continue
         old = users[0]
-        attributes = {"format": inner.format, "tokens": mask.attributes.get_string("tokens")}
+        attributes: dict[str, Any] = {"format": inner.format, "tokens": mask.attributes.get_string("tokens")}
         attributes |= {"block_size": inner.block_size, "K": 0, "N": 0, **inner.shape}
         node = ir.node("SparseLinear", [*mask.inputs, *inner.tensors], attributes, domain=DOMAIN, name=old.name)
         before, after = old.outputs[0], node.outputs[0]
@@ -55,7 +55,7 @@ def _inner(node: ir.Node, x: ir.Value) -> Inner | None:
     if node.inputs[0] is not x:
         return None
     attributes = {name: a.value for name, a in node.attributes.items()}
-    shape = {name: attributes[name] for name in ("K", "N") if name in attributes}
+    shape: dict[str, int] = {name: attributes[name] for name in SHAPE if name in attributes}
     given = [*node.inputs, *[None] * 6]
     if node.op_type == "MatMulNBits" and attributes["bits"] == 4 and given[3:5] == [None, None]:
         return Inner("int4", [given[1], given[2], None, given[5]], attributes["block_size"], shape)
