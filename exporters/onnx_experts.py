@@ -42,8 +42,15 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 def sums(model: nn.Module) -> dict[str, str]:
     """Container -> why its experts are no MixedBitMoE, of those that are not."""
-    found = {view.container: PackedExperts.of(view) for view in mixtures(model).values()}
+    found = {view.container: _as_one_node(view) for view in mixtures(model).values()}
     return {name: packed for name, packed in found.items() if isinstance(packed, str)}
+
+
+def _as_one_node(view: MoEView) -> PackedExperts | str:
+    """Or why they are a sum of their linears' own nodes."""
+    if isinstance(view.module, RoutedFFN):
+        return "they are parts of a dense layer, which the file does not keep together"
+    return PackedExperts.of(view)
 
 
 @torch.no_grad()
@@ -66,7 +73,7 @@ def _dense(model: nn.Module, view: MoEView) -> Callable[..., Any]:
         choose: Function = view.module.weights
     else:
         choose = _router(model, view, view.routing(x.flatten(0, 1)))
-    packed = PackedExperts.of(view)
+    packed = _as_one_node(view)
     if isinstance(packed, PackedExperts):
         view.module.add_module(MODULE, packed)
         routed = _packed(packed, choose)

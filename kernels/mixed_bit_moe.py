@@ -182,10 +182,6 @@ class PackedExperts(nn.Module):
 def _refusal(view: MoEView) -> str | None:
     from compressor.experts import Clamped
     from compressor.layers import IntLinear, QuantLinear
-    from compressor.routed import RoutedFFN
-
-    if isinstance(view.module, RoutedFFN):
-        return "they are parts of a dense layer, which the file does not keep together"
     shapes: set[Any] = set()
     for expert in view.experts:
         own: dict[str, Any] = {

@@ -165,3 +165,16 @@ def shared_path() -> Callable[..., Path]:
         return found
 
     return path
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """register_transformers() for one test: others want the refusal."""
+    from transformers.quantizers import auto
+
+    from compressor import register_transformers
+
+    for mapping in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
+    register_transformers()
+    register_transformers()  # a second call changes nothing

@@ -135,11 +135,10 @@ def test_a_view_and_an_empty_model_know_it(dense):
     assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in working.named_parameters()}
 
 
-def test_a_folder_gives_the_same_logits_everywhere(dense, tiny_tokenizer, text, tmp_path):
+def test_a_folder_gives_the_same_logits_everywhere(dense, tiny_tokenizer, text, tmp_path, registered):
     pytest.importorskip("onnxruntime")
     from transformers import AutoModelForCausalLM
 
-    from compressor import register_transformers
     from compressor.runtimes import OnnxSession
 
     chosen = {
@@ -152,7 +151,6 @@ def test_a_folder_gives_the_same_logits_everywhere(dense, tiny_tokenizer, text, 
     model = load(folder).model()
     expected = logits(model)
     assert len(mixtures(model)) == 2 and any(".experts." in n for n in artifact.packed)
-    register_transformers()
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(stock), expected)
     found, _ = OnnxSession(folder).prefill(IDS)

@@ -137,7 +137,7 @@ def test_massive_tokens_do_not_move_thresholds():
 
 
 @pytest.mark.parametrize(
-    ("inner", "graph"), [("float", "portable"), ("float", "ort"), ("int4", "ort"), ("nvfp4", "portable")]
+    ("inner", "graph"), [("float", "portable"), ("int4", "ort"), ("nvfp4", "portable")]
 )
 def test_a_sparse_folder_runs_everywhere_and_its_inner_linears_are_quantized(
     tiny, tiny_tokenizer, text, tmp_path, inner, graph

@@ -166,7 +166,7 @@ CASES = {
     ),
     "unknown method": (
         "steps:\n  - quantise:\n      weights: int4\n",
-        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: cfsp, correct, depth, ",
+        "r.yaml line 2, step 1: unknown method 'quantise'; did you mean 'quantize'? Allowed: cats, cett, cfsp, correct",
     ),
     "illegal combination": (
         "steps:\n  - quantize:\n      weights: nvfp4\n      group_size: 48\n",

@@ -1,24 +1,12 @@
 """Folders that stock transformers refuses, after register_transformers(): the model of compressor.load, bit for bit."""
 
-import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from compressor import Recipe, compress, load, register_transformers
+from compressor import Recipe, compress, load
 from compressor.lowrank import LowRankLinear
 
 IDS = torch.arange(4, 40)[None]
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    """Registered for one test: other tests want the refusal."""
-    from transformers.quantizers import auto
-
-    for mapping in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        monkeypatch.setattr(auto, mapping, dict(getattr(auto, mapping)))
-    register_transformers()
-    register_transformers()  # a second call changes nothing
 
 
 def written(model, steps, tokenizer, text, folder, **more):
