@@ -20,7 +20,7 @@ from torch import nn
 from compressor.calibrate import Calibration, calibrate, calibrate_blocks
 from compressor.layers import Packed, build, hadamard_of, hold_dense
 from compressor.methods.quantize import LayerPlan
-from compressor.methods.structural import Rewriting, Searching
+from compressor.methods.structural import Rewriting, Searching, Settling
 from compressor.methods.transform import stores
 from compressor.model import embedding_name, linears, twin
 from compressor.paired import calibrate_pairs
@@ -76,6 +76,8 @@ def reshape(model: nn.Module, step: Step, recipe: Recipe, run: Run) -> dict[str,
     needs = options.needs()
     seen = run.windows if needs else run.windows[:1]
     calibrate_blocks(model, seen, needs, reshape_part, names, run.progress, run.device, run.dtype)
+    if isinstance(options, Settling):
+        options.settle(model, names, decisions, run)
     return report
 
 

@@ -23,9 +23,10 @@ from compressor.run import Run
 from compressor.sensitivity import Fisher
 from compressor.sparse import SparseLinear
 from compressor.sparsity import Activations, Choices
-from compressor.sparsity_trial import Build, evolved, greedy_blocks
+from compressor.sparsity_trial import Build, evolved, greedy_blocks, settle
 from compressor.statistics import Statistic
 
+SETTLE_WINDOWS = 16  # of the calibration's
 QUANTILES = 4096  # of a layer's activations, that trials take thresholds from: within 1 / 4096 of what is left out
 
 
@@ -190,6 +191,11 @@ class RSparse:
             model.set_submodule(name, _sparse(layer, threshold, self.tokens, a, b))
             report[name] = {"sparsity": choice.sparsity, "alpha": choice.alpha, "rank": rank}
         return report
+
+    def settle(self, model: nn.Module, names: Collection[str], decisions: Decisions, run: Run) -> None:
+        """Thresholds that leave out what was asked, in the model that leaves things out."""
+        wanted = {n: 1 - (1 - c.sparsity) * c.alpha for n, c in decisions.choices.items() if n in names}
+        settle(model, wanted, run.windows[:SETTLE_WINDOWS], run)
 
 
 def _sparse(layer: nn.Linear, threshold: Tensor, tokens: str, a: Tensor | None, b: Tensor | None) -> SparseLinear:

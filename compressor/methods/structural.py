@@ -68,6 +68,14 @@ class Searching(Structural, Protocol):
 
 
 @runtime_checkable
+class Settling(Structural, Protocol):
+    """A step by block whose modules look once more at what they get when all of them are there."""
+
+    def settle(self, model: nn.Module, names: Collection[str], decisions: Any, run: Run) -> None:
+        """Change, in place, values of the modules that `reshape` made."""
+
+
+@runtime_checkable
 class Rewriting(Structural, Protocol):
     """A structural step that runs the model itself: what it decides needs every block, or it trains.
 
