@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from compressor import Recipe, compress, load, sparsity
+from compressor import Recipe, cett, compress, load, sparsity, sparsity_trial
+from compressor.data import text_of, windows
 from compressor.errors import RecipeError
 from compressor.kernels import native, sparsify
 from compressor.layers import QuantLinear
@@ -157,6 +158,25 @@ def test_a_sparse_folder_runs_everywhere_and_its_inner_linears_are_quantized(
     assert report.ok, [r for r in report.rows if r.status == FAILED]
     ran = {r.runtime for r in report.rows if r.status == OK}
     assert ran == {"files", "torch", "onnxruntime"} | ({LIBRARY} if native.built() else set())
+
+
+def test_thresholds_leave_out_what_was_asked_in_the_sparse_model(tiny, tiny_tokenizer, text, monkeypatch):
+    """Each layer, on the calibration's own windows; thresholds of the dense model's inputs do not."""
+
+    def worst(rounds):
+        monkeypatch.setattr(sparsity_trial, "ROUNDS", rounds)
+        artifact = made(tiny, tiny_tokenizer, text, sparsity=0.6, allocation="uniform")
+        model = artifact.model()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+        seen = windows(tiny_tokenizer, text_of(str(text))[0], 3, 64)
+
+        def run():
+            with torch.inference_mode(), everywhere():
+                model(input_ids=seen)
+
+        return max(abs(share - 0.6) for share in cett.realised(layers, run).values())
+
+    assert worst(2) < 0.01 < worst(0)
 
 
 def test_errors():
