@@ -154,7 +154,7 @@ void MixedBitMoE::run(const std::vector<Tensor>& in, float* y, const Threads& th
   const int64_t tokens = in[0].shape[0], count = int64_t(bits.size());
   const float *x = in[0].floats(), *weights = in[1].floats();
   const uint8_t* experts = in[2].bytes();
-  std::memset(y, 0, size_t(tokens * hidden) * sizeof(float));
+  std::fill_n(y, tokens * hidden, 0.0f);
 
   thread_local std::vector<float> arranged, gate, up, out;  // grown, never shrunk
   std::vector<int64_t> token;                               // of each row of the buffers
