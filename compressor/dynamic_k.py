@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.errors import ModelError
 from compressor.evaluate import measure, torch_runner
 from compressor.expert_plan import listening
+from compressor.fewer_experts import FewerExperts
 from compressor.mixtures import MoEView
 from compressor.progress import Progress
 
@@ -74,11 +75,13 @@ def profile(
     parameters, size   of the whole model, size in bytes
     experts            by layer, what an expert has: parameters, and bytes one by one
     tolerance          a number is allowed up to (1 + tolerance) times the default's perplexity
-    Numbers that a router does not follow (groups of experts may hold fewer) are listed and not measured.
+    Numbers that a router does not follow (groups of experts may hold fewer) are listed and not measured. Where a rule
+    chooses how many of K a token keeps, only K is measured, and `used` says how many they are on average.
     Raises ModelError for a model whose tokens do not go to as many experts as it says.
     """
     default = default_of(model, views)
-    asked = counts(default, min(len(view) for view in views.values()))
+    ruled = any(isinstance(view.module, FewerExperts) for view in views.values())
+    asked = [default] if ruled else counts(default, min(len(view) for view in views.values()))
     rows: dict[int, dict[str, float]] = {}
     for k in asked:
         with going_to(model, views, default, k), listening(views) as heard:
@@ -86,10 +89,12 @@ def profile(
         chosen = {name: torch.cat(parts) for name, parts in heard.items()}
         if any(int(one.sum(-1).max()) != k for one in chosen.values()):
             continue
+        used = sum(one.sum(-1).double().mean().item() for one in chosen.values()) / len(chosen)
         idle = {name: 1 - one.double().mean(0) for name, one in chosen.items()}  # [E], a token's share not at each
         spared = sum(n * idle[name].sum().item() for name, (n, _) in experts.items())
         unread = sum((idle[name] @ torch.tensor(b).double()).item() for name, (_, b) in experts.items())
-        rows[k] = {"ppl": math.exp(losses.mean()), "active_params": parameters - spared, "active_bytes": size - unread}
+        rows[k] = {"active_params": parameters - spared, "active_bytes": size - unread}
+        rows[k] |= {"ppl": math.exp(losses.mean()), "used": used}
     if default not in rows:
         raise ModelError(
             f"{type(model).__name__}: its tokens do not go to {default} experts in every layer, as it says; drop "
@@ -105,4 +110,6 @@ def profile(
         "allowed": [k for k, row in rows.items() if row["ppl"] <= most],
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
     }
+    if ruled:
+        found["used"] = [round(row["used"], 4) for row in rows.values()]
     return found | ({"not_followed": ignored} if (ignored := [k for k in asked if k not in rows]) else {})

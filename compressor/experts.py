@@ -137,6 +137,15 @@ def unfuse(model: nn.Module) -> None:
             vars(block)[attribute] = layer  # the block's forward finds it; no list of modules has it twice
 
 
+def put(model: nn.Module, name: str, made: nn.Module) -> None:
+    """`made` in the place of the module `name`, also where its block's forward finds that under another name."""
+    old, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    model.set_submodule(name, made)
+    for attribute, value in vars(block).items():
+        if value is old:
+            vars(block)[attribute] = made
+
+
 def container(module: nn.Module) -> list[nn.Parameter]:
     """The two parameters [E, ., .] of a module that holds all experts of a layer; none of any other."""
     fused = [p for p in module._parameters.values() if p is not None and p.dim() == 3 and min(p.shape) > 1]

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.expert_parts import Parts, Routing, candidates, every_expert
 from compressor.experts import Clamped, Gated
+from compressor.fewer_experts import FewerExperts
 from compressor.layers import QuantLinear
 from compressor.parts import blocks, experts_of
+from compressor.routed import RoutedFFN
 
 KINDS = (nn.Linear, QuantLinear)
 SAME = 1e-4  # relative; float32 products that are the same in exact arithmetic
+PROBE = (2, 24)  # batch, sequence of random tokens that show what a layer computes
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,6 @@ class Weights:
     down: Tensor
     biases: tuple[Tensor | None, Tensor | None, Tensor | None]
     names: tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router does, measured. score: "softmax" | "sigmoid" of all logits. Weights are the scores of the chosen
-    times `scale`, divided by their sum where `renormalized`; plain: the chosen are those of the largest scores."""
-
-    score: str
-    top_k: int
-    renormalized: bool
-    scale: float
-    plain: bool
 
 
 class MoEView:
@@ -121,6 +113,13 @@ class MoEView:
 
         Raises ModelError for a layer whose output holds more than what its experts and its other linears give.
         """
+        with exact(x):
+            if isinstance(self.module, FewerExperts):
+                return self.module.decide(x)[0]
+            return self._measured(x)
+
+    def _measured(self, x: Tensor) -> Tensor:
+        """The same, by letting experts answer with vectors of their own."""
         if self._heard(x[:1], range(0)).any():
             raise ModelError(f"{self.name}: it adds something else to its experts' outputs; it is not supported.")
         parts = [range(start, min(start + x.shape[1], len(self))) for start in range(0, len(self), x.shape[1])]
@@ -139,25 +138,57 @@ class MoEView:
         """What the router thinks of every expert before it chooses, float32 [T, E]; weights as from `weights`."""
         if self._score is None:
             self._score = self.routing(x[:64], weights[:64]).score
-        logits = nn.functional.linear(x, self.weight, self.bias).float()
+        with exact(x):
+            logits = nn.functional.linear(x, self.weight, self.bias).float()
         return logits.softmax(-1) if self._score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def routing(self, x: Tensor, weights: Tensor | None = None) -> Routing:
         """What the router does with x [T, H]. Raises ModelError when its weights are neither score's."""
+        if isinstance(self.module, FewerExperts):
+            assert self.module.parts.routing is not None
+            return self.module.parts.routing
         weights = self.weights(x) if weights is None else weights
-        logits = nn.functional.linear(x, self.weight, self.bias).float()
+        with exact(x):
+            logits = nn.functional.linear(x, self.weight, self.bias).float()
         chosen = weights != 0
         top_k = int(chosen.sum(-1).amax())
         total = weights.sum(-1)
         for name, scores in (("softmax", logits.softmax(-1)), ("sigmoid", logits.sigmoid())):
             plain = bool(torch.equal(scores.topk(top_k).indices.sort(-1)[0], weights.topk(top_k).indices.sort(-1)[0]))
             if _spread(ratio := (weights / scores)[chosen]) < SAME:
-                return Routing(name, top_k, False, ratio.mean().item(), plain)
+                return Routing(name, top_k, False, _round(ratio.mean().item()), plain)
             shares = weights / total[:, None], scores / (scores * chosen).sum(-1, keepdim=True)
             if _spread(total) < SAME and (shares[0] - shares[1])[chosen].abs().amax() < SAME:
-                return Routing(name, top_k, True, total.mean().item(), plain)
+                return Routing(name, top_k, True, _round(total.mean().item()), plain)
         raise ModelError(f"{self.router}: its weights follow neither a softmax nor a sigmoid; it is not supported.")
+
+    def probe(self) -> Tensor:
+        """Random tokens [B, L, H] for the layer, the same each time."""
+        drawn = torch.randn(*PROBE, self.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        return drawn.to(self.weight)
+
+    @torch.no_grad()
+    def parts(self) -> Parts:
+        """What the layer is made of. Raises ModelError where that does not give what it gives on random tokens."""
+        x = self.probe()
+        given = self.module(x)
+        expected, outputs = (given, 0) if isinstance(given, Tensor) else (given[0], len(given))
+        if isinstance(self.module, FewerExperts):
+            return self.module.parts
+        routing = None if isinstance(self.module, RoutedFFN) else self.routing(x.flatten(0, 1))
+        router, container = (name.removeprefix(f"{self.name}.") for name in (self.router, self.container))
+        routed: Tensor | None = None
+        for shared, gated in candidates(self.module):
+            parts = Parts(routing, router, container, shared, gated, outputs)
+            if routed is None:
+                tokens = x.flatten(0, 1)
+                routed = every_expert(self.experts, tokens, parts.weights(self.module, tokens)).view_as(x)
+            more = parts.beside(self.module, x)
+            y = routed if more is None else routed + more
+            if (y - expected).abs().amax() <= SAME * expected.abs().amax():
+                return parts
+        raise ModelError(f"{self.name}: what it computes beside its experts is not known; it is not supported.")
 
     def _module(self, name: str) -> Any:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
@@ -231,6 +262,18 @@ def roles(module: nn.Module, act: nn.Module, x: Tensor) -> tuple[str, str, str] 
 def _spread(values: Tensor) -> float:
     """(largest - smallest) / mean."""
     return ((values.amax() - values.amin()) / values.mean().abs().clamp_min(1e-30)).item()
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """While this is open, products of x are computed as they are stored: calibration may compute in bfloat16, which is
+    too rough to tell what a router does."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _round(scale: float) -> float:
+    """The number of few digits that a measured one is, so that weights keep their bits; itself if it is none."""
+    short = float(f"{scale:.3g}")
+    return short if abs(short - scale) <= SAME * abs(scale) else scale
 
 
 def _unit(number: int | None) -> Callable[..., Tensor]:

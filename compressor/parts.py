@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import ModelError
+from compressor.fewer_experts import RULE, FewerExperts
 
 # A weight that nobody compresses is worth an error from this size on: a share of 1e-5 keeps what can hide in a deep
 # model below a percent, and nothing under 4096 weights matters in a small one.
@@ -93,6 +94,7 @@ def exempt(model: nn.Module) -> dict[str, str]:
     table      a weight of any nn.Embedding, and the output head: `embedding:` and `lm_head:` of the recipe decide
                about the token tables; position and type embeddings are read one row a token and are kept
     router     scores of experts: a 2-D weight with as many rows as there are experts, or one, beside the experts
+    rule       how many of them a token keeps (fewer_experts.py)
     vector     fewer than two dimensions larger than one: norms, biases, depthwise kernels of width one
     conv       a weight of nn.Conv1d/2d/3d
     small      below max(4096, 1e-5 of all) elements
@@ -100,7 +102,7 @@ def exempt(model: nn.Module) -> dict[str, str]:
     """
     total = sum(p.numel() for p in model.parameters())
     large = max(LARGE_ELEMENTS, LARGE_SHARE * total)
-    head, routers = head_name(model), _routers(model)
+    head, routers, rules = head_name(model), _routers(model), _rules(model)
     prefixes = tuple(f"{name}." for name, _ in blocks(model))
     reasons: dict[str, str] = {}
     outside: list[str] = []
@@ -111,6 +113,8 @@ def exempt(model: nn.Module) -> dict[str, str]:
             reasons[name] = "table"
         elif name in routers:
             reasons[name] = "router"
+        elif name.startswith(rules):
+            reasons[name] = "rule"
         elif sum(extent > 1 for extent in p.shape) < 2:
             reasons[name] = "vector"
         elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -142,7 +146,7 @@ def experts_of(model: nn.Module, kind: Kind = nn.Linear) -> list[tuple[str, str,
     inside: dict[str, nn.Module] = {}
     for block, owner in blocks(model, kind):
         inside |= {f"{block}.{name}": module for name, module in owner.named_modules() if name}
-    found = []
+    found, rules = [], _rules(model)
     for name, child in inside.items():
         if not (count := _experts(child, kind)):
             continue
@@ -150,12 +154,17 @@ def experts_of(model: nn.Module, kind: Kind = nn.Linear) -> list[tuple[str, str,
         routers = [
             full
             for rest, p in model.get_submodule(parent_name).named_parameters()
-            if not (full := f"{parent_name}.{rest}").startswith(f"{name}.")
+            if not (full := f"{parent_name}.{rest}").startswith((f"{name}.", *rules))
             and p.dim() == 2
             and p.shape[0] in (count, 1)
         ]
         found.append((parent_name, name, routers))
     return found
+
+
+def _rules(model: nn.Module) -> tuple[str, ...]:
+    """What the names of parameters begin with that say how many experts a token keeps."""
+    return tuple(f"{name}.{RULE}." for name, m in model.named_modules() if isinstance(m, FewerExperts))
 
 
 def _routers(model: nn.Module) -> set[str]:

@@ -93,14 +93,14 @@ def placements_of(
     model   what comes in, or the working model after the first `done` steps
     Raises RecipeError and ModelError for what nobody takes.
     """
+    stored = _as_stored(model, recipe)
+    tables, auto = place_tables(stored, recipe).placements, auto_tables(stored, recipe)
     if any(isinstance(step.options, Structural) for step in recipe.steps[done:]):
         model = hollow(model)
     layers = linears(model)
     reshaped: dict[str, str] = {}
     placed: dict[str, tuple[Step | None, Placement]] = {}
     misfits: list[str] = []
-    stored = _as_stored(model, recipe)
-    tables, auto = place_tables(stored, recipe).placements, auto_tables(stored, recipe)
     for number, step in enumerate(recipe.steps, 1):
         where = f"step {number} ({step.method})"
         if getattr(step.options, "four_over_six", False) and recipe.runtime != "compressor":

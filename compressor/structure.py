@@ -3,8 +3,8 @@
 Nobody has to keep book: `between` finds the difference by comparing with the config's own model, `reshape` makes it
 again in an empty one. A linear can be replaced by one of another shape (pruned widths, per layer), by one of low rank
 or by one that skips small inputs; an activation by one that gives large values only; a feed-forward layer by one in
-parts, whose linears can be replaced in turn. What a config can say itself (a width that all layers share, the number of
-layers) is no difference.
+parts, and a layer of experts by one that keeps fewer of them, whose linears can be replaced in turn. What a config can
+say itself (a width that all layers share, the number of layers) is no difference.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import ModelError
+from compressor.experts import put
+from compressor.fewer_experts import FewerExperts
 from compressor.lowrank import LowRankLinear
 from compressor.routed import RoutedFFN
 from compressor.sparse import SparseActivation, SparseLinear
@@ -30,11 +32,15 @@ class Shaped:
     kind: str  # one of KINDS
     attributes: dict[str, Any] = field(default_factory=dict)
 
-    def module(self) -> nn.Module:
-        """It, without values, on the meta device. Raises ModelError for a kind that this version does not know."""
+    def module(self, before: nn.Module) -> nn.Module:
+        """It, without values, on the meta device, in the place of `before`, whose children it may take over.
+
+        Raises ModelError for a kind that this version does not know.
+        """
         if self.kind not in KINDS:
             raise ModelError(f"config.json: unknown structure '{self.kind}'; known: {', '.join(KINDS)}.")
-        return KINDS[self.kind](**self.attributes)
+        made = KINDS[self.kind](**self.attributes)
+        return made.adopt(before) if isinstance(made, FewerExperts) else made
 
     def __str__(self) -> str:
         a = self.attributes
@@ -42,6 +48,8 @@ class Shaped:
             return f"{self.kind} {a['activation']}"
         if self.kind == "routed_ffn":
             return f"feed-forward layer of {a['experts']} experts, {a['top_k']} for each token"
+        if self.kind == "fewer_experts":
+            return f"layer of {a['experts']} experts with up to {a['parts']['routing']['top_k']} for each token"
         rank = f", rank {a['rank']}" if "rank" in a else ""
         return f"{self.kind} {a['out_features']}x{a['in_features']}{rank}"
 
@@ -56,13 +64,14 @@ KINDS: dict[str, Any] = {
     "sparse_linear": SparseLinear.shaped,
     "sparse_activation": SparseActivation.shaped,
     "routed_ffn": RoutedFFN.shaped,
+    "fewer_experts": FewerExperts.shaped,
 }
 
 Structure = dict[str, Shaped]
 
 
 def shape_of(module: nn.Module) -> Shaped | None:
-    """What `module` is, None where it is no kind of linear, no sparse activation and no layer in parts."""
+    """What `module` is, None where it is no kind of linear, no sparse activation and no layer of ours."""
     if isinstance(module, SparseLinear):
         bias = getattr(module.inner, "bias", None)
         said: dict[str, Any] = {"rank": module.rank, "tokens": module.tokens}
@@ -72,6 +81,8 @@ def shape_of(module: nn.Module) -> Shaped | None:
         return Shaped("sparse_activation", {"features": len(module.get_buffer("threshold"))} | told)
     if isinstance(module, RoutedFFN):
         return Shaped("routed_ffn", module.attributes())
+    if isinstance(module, FewerExperts):
+        return Shaped("fewer_experts", module.attributes())
     if isinstance(module, LowRankLinear):
         own: dict[str, Any] = {"rank": module.rank, "pivoted": module.pivoted}
         bias = getattr(module.up, "bias", None)
@@ -97,15 +108,16 @@ def between(stock: nn.Module, model: nn.Module) -> Structure:
             raise ModelError(f"{name} is not in the {type(stock).__name__} of the config; change the config with it.")
         if shaped != shape_of(known[name]):
             found[name] = shaped
-            if isinstance(module, RoutedFFN):
-                found |= {f"{name}.{inner}": s for inner, s in between(shaped.module(), module).items()}
+            if isinstance(module, RoutedFFN | FewerExperts):
+                inside = between(shaped.module(known[name]), module)
+                found |= {f"{name}.{inner}": s for inner, s in inside.items()}
     return found
 
 
 def reshape(model: nn.Module, structure: Mapping[str, Shaped]) -> nn.Module:
     """Put modules without values in the places that `structure` names; returns `model`."""
     for name in sorted(structure):  # a layer in parts before its linears
-        model.set_submodule(name, structure[name].module())
+        put(model, name, structure[name].module(model.get_submodule(name)))
     return model
 
 

@@ -45,6 +45,8 @@ from compressor.methods.experts import Experts
 from compressor.methods.fp4 import FP4
 from compressor.methods.mixed_bits import MixedBits
 from compressor.methods.moeify import Moeify
+from compressor.methods.odp import ODP
+from compressor.methods.otp import OTP
 from compressor.methods.outlier_tune import OutlierTune
 from compressor.methods.pmq import PMQ
 from compressor.methods.quantize import Quantize
@@ -71,5 +73,7 @@ METHODS = {
     "depth": Depth,
     "experts": Experts,
     "moeify": Moeify,
+    "odp": ODP,
+    "otp": OTP,
     "recover": Recover,
 }

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.blockwise import forward, placed
+from compressor.distillation import batches, distance, pace
 from compressor.errors import DataError, NumericsError, RecipeError
 from compressor.methods.depth import angles
 from compressor.model import blocks, linears
@@ -128,7 +129,7 @@ class Recover:
         """Losses of all steps, those before a resumed one too. start: of the weights that are trained from."""
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
-        order = self._order(len(windows))
+        order = batches(len(windows), self.batch, self.epochs, self.seed)
         checkpoint = _Checkpoint(self.checkpoint, self._key(trained, windows), start)
         losses = checkpoint.load(trained, optimizer)
         run.progress.stage("recover", len(order))
@@ -136,13 +137,13 @@ class Recover:
         on = torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
         for number in range(len(losses), len(order)):
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * self._schedule(number / len(order))
+                group["lr"] = self.lr * pace(number / len(order), self.warmup)
             total = 0.0
             for i in order[number]:
                 with torch.no_grad(), on:
                     wanted = forward(run.original, windows[i])
                 with on:
-                    loss = _distance(forward(model, windows[i]), wanted) / len(order[number])
+                    loss = distance(forward(model, windows[i]), wanted) / len(order[number])
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
@@ -155,18 +156,6 @@ class Recover:
                 checkpoint.save(trained, optimizer, losses)
             run.progress.advance()
         return losses
-
-    def _schedule(self, done: float) -> float:
-        """Linear warm-up, then half a cosine."""
-        if done < self.warmup:
-            return (done + 1e-3) / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
-
-    def _order(self, count: int) -> list[Sequence[int]]:
-        """The windows of every step."""
-        generator = torch.Generator().manual_seed(self.seed)
-        every = [torch.randperm(count, generator=generator).tolist() for _ in range(self.epochs)]
-        return [epoch[i : i + self.batch] for epoch in every for i in range(0, count, self.batch)]
 
     def _key(self, trained: dict[str, nn.Parameter], windows: Tensor) -> str:
         """What a checkpoint must be of: these options, parameters and text."""
@@ -223,17 +212,3 @@ def _sample(weight: Tensor) -> Tensor:
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or bool((a - b).abs().max() > 0.1)
-
-
-def _distance(found: Any, wanted: Any) -> Tensor:
-    """Mean over tokens of KL(wanted ‖ found) of what two models give; of an encoder's hidden states, 1 − cosine."""
-    if not hasattr(found, "logits"):
-        states = found.last_hidden_state.float(), wanted.last_hidden_state.float()
-        return (1 - torch.cosine_similarity(*states, dim=-1)).mean()
-    return nn.functional.kl_div(
-        found.logits.float().log_softmax(-1).flatten(0, 1),
-        wanted.logits.float().log_softmax(-1).flatten(0, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
