@@ -236,12 +236,17 @@ def base_of(model: Any) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
-def forward(model: Any, window: Tensor) -> Any:
-    """What the model gives for window [L], without a cache."""
-    tokens = window.unsqueeze(0).to(model.get_input_embeddings().weight.device)
+def forward(model: Any, window: Tensor, places: Tensor | None = None) -> Any:
+    """What the model gives for window [L], or for windows [S, L], without a cache; logits at `places` only, if it can.
+
+    places   int64, positions that are the same in all windows; None for all of them
+    """
+    tokens = torch.atleast_2d(window).to(model.get_input_embeddings().weight.device)
     takes = inspect.signature(model.forward).parameters
     # Told that nothing is padded, transformers builds no [L, L] mask and attention skips what is not yet there.
-    options = {"use_cache": False, "attention_mask": torch.ones_like(tokens)}
+    options: dict[str, Any] = {"use_cache": False, "attention_mask": torch.ones_like(tokens)}
+    if places is not None:
+        options["logits_to_keep"] = places.to(tokens.device)
     return model(input_ids=tokens, **{name: value for name, value in options.items() if name in takes})
 
 

@@ -24,6 +24,7 @@ from compressor.fewer_experts import Head
 from compressor.methods.thinning import FEW, Layers, check_keep, hearing, kept, layers_of, run_through, thinned
 from compressor.run import Run
 
+ONE_IN = 4  # positions of a window whose logits a step looks at, others each time: logits cost most of it
 HOT, COLD = 4.0, 0.5  # temperature of the choice, first and last
 WARMUP = 0.05  # share of the steps
 FIRST_WEIGHT, PULL = 0.05, 0.9  # λ at first, and how fast it follows
@@ -38,7 +39,7 @@ class OTP:
 
     keep: float = 0.8
     windows: int = 256
-    epochs: int = 6
+    epochs: int = 3
     batch: int = 4
     lr: float = 2e-3
     stand_in: bool = True
@@ -90,6 +91,7 @@ class OTP:
             p.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=self.lr)
         noise = torch.Generator(device=parameters[0].device).manual_seed(self.seed)
+        chance = torch.Generator().manual_seed(self.seed)
         shares: list[Tensor] = []
         weight, losses = FIRST_WEIGHT, []
         run.progress.stage("otp", len(order))
@@ -100,23 +102,23 @@ class OTP:
                 optimizer.param_groups[0]["lr"] = self.lr * pace(done, WARMUP)
                 for layer in layers.values():
                     layer.rule.sampled = _sampler(HOT * (COLD / HOT) ** done, noise, shares)
-                loss, used = 0.0, 0.0
-                for i in batch:
-                    shares.clear()
-                    with torch.no_grad(), on:
-                        wanted = forward(run.original, windows[i])
-                    with on, torch.enable_grad():
-                        kl = distance(forward(model, windows[i]), wanted)
+                shares.clear()
+                text = windows[torch.tensor(batch)]
+                length = text.shape[1]
+                places = torch.randperm(length, generator=chance)[: -(-length // ONE_IN)].sort().values
+                with torch.no_grad(), on:
+                    wanted = forward(run.original, text, places)
+                with on, torch.enable_grad():
+                    kl = distance(forward(model, text, places), wanted)
                     share = torch.stack(shares).mean()
-                    ((kl + weight * share) / len(batch)).backward()
-                    loss, used = loss + kl.item() / len(batch), used + share.item() / len(batch)
-                if not math.isfinite(loss):
+                    (kl + weight * share).backward()
+                if not math.isfinite(loss := kl.item()):
                     raise NumericsError(f"otp: the loss is {loss} in step {number + 1}; use a smaller lr.")
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 goal = self.keep + (1 - self.keep) * max(0.0, 1 - 2 * done)
-                weight = min(max(weight * math.exp(PULL * (used - goal)), 1e-3), 5.0)
+                weight = min(max(weight * math.exp(PULL * (share.item() - goal)), 1e-3), 5.0)
                 losses.append(loss)
                 run.progress.advance()
         finally:
