@@ -74,17 +74,17 @@ def test_keeping_all_changes_nothing(name, step, tiny, compressed):
 
 
 @pytest.mark.parametrize("rule", ["ratio", "head", "tables"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_a_layer_is_what_the_equations_say(name, rule, tiny):
-    model = as_loaded(tiny(name, num_experts_per_tok=3)).model
+    scaled = {"routed_scaling_factor": 2.0, "topk_method": "greedy"} if name == "deepseek_v2" else {}
+    model = as_loaded(tiny(name, num_experts_per_tok=3, **scaled)).model
     original = twin(model)
     layers = ruled(model, "ratio" if rule == "ratio" else "head", rule == "tables")
     for layer_name, layer in layers.items():
         x = torch.randn(40, 64, generator=torch.Generator().manual_seed(5))
         view = mixtures(original)[layer_name]
         own, renormalized = view.weights(x), view.routing(x).renormalized
-        expected, counts = torch.zeros_like(x), []
-        silent = own.clone().zero_()
+        expected, counts, ran = torch.zeros_like(x), [], [0] * len(view)
         for t in range(len(x)):
             order = own[t].argsort(descending=True, stable=True)[:3]
             w = own[t, order]
@@ -97,12 +97,16 @@ def test_a_layer_is_what_the_equations_say(name, rule, tiny):
             for j, e in enumerate(order.tolist()):
                 if j < count:
                     scale = 1 + gain * w[count:].sum() / w[:count].sum()
+                    ran[e] += 1
                     expected[t] += w[j] * scale * view.experts[e](x[t : t + 1])[0]
                 elif rule == "tables":
                     expected[t] += w[j] * layer.rule.table[e]
-        del silent
         assert {*counts} == {1, 2, 3}
+        seen: list[int] = [0] * len(view)
+        for e, expert in enumerate(mixtures(model)[layer_name].experts):
+            expert.register_forward_hook(lambda _, args, out, e=e, seen=seen: seen.__setitem__(e, len(args[0])))
         found = layer(x[None])
+        assert seen == ran  # nobody runs for nothing
         found = found if isinstance(found, torch.Tensor) else found[0]
         beside = layer.parts.beside(layer, x)
         assert (found[0] - expected - (0 if beside is None else beside)).abs().amax() <= 1e-5 * expected.abs().amax()
