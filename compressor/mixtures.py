@@ -127,10 +127,14 @@ class MoEView:
         return torch.cat([self._heard(x, numbers)[:, : len(numbers)] for numbers in parts], dim=1)
 
     def _heard(self, x: Tensor, numbers: range) -> Tensor:
-        """The layer's output when the experts of `numbers` answer with unit vectors and all else with zeros."""
+        """The layer's output when the experts of `numbers` answer with unit vectors and all else with zeros.
+
+        In float32 also inside a model that multiplies in bf16: its rounded weights are no softmax any more, and
+        DeepSeek-V3 in transformers 4 cannot add such replies to a sum in bf16.
+        """
         replies = {self.experts[e]: _unit(e - numbers.start if e in numbers else None) for e in range(len(self))}
         replies |= {self._module(name): _nothing(self._module(name)) for name in self.shared()}
-        with replying(replies):
+        with replying(replies), torch.autocast(x.device.type, enabled=False):
             y = self.module.forward(x.unsqueeze(0))  # not called: hooks listen to the model's own forward only
         return (y if isinstance(y, Tensor) else y[0]).reshape(x.shape)
 
@@ -139,14 +143,14 @@ class MoEView:
         """What the router thinks of every expert before it chooses, float32 [T, E]; weights as from `weights`."""
         if self._score is None:
             self._score = self.routing(x[:64], weights[:64]).score
-        logits = nn.functional.linear(x, self.weight, self.bias).float()
+        logits = self._logits(x)
         return logits.softmax(-1) if self._score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def routing(self, x: Tensor, weights: Tensor | None = None) -> Routing:
         """What the router does with x [T, H]. Raises ModelError when its weights are neither score's."""
         weights = self.weights(x) if weights is None else weights
-        logits = nn.functional.linear(x, self.weight, self.bias).float()
+        logits = self._logits(x)
         chosen = weights != 0
         top_k = int(chosen.sum(-1).amax())
         total = weights.sum(-1)
@@ -158,6 +162,11 @@ class MoEView:
             if _spread(total) < SAME and (shares[0] - shares[1])[chosen].abs().amax() < SAME:
                 return Routing(name, top_k, True, total.mean().item(), plain)
         raise ModelError(f"{self.router}: its weights follow neither a softmax nor a sigmoid; it is not supported.")
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """float32 [T, E], not rounded to bf16 either."""
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, self.weight, self.bias).float()
 
     def _module(self, name: str) -> Any:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
