@@ -135,7 +135,7 @@ def test_every_token_is_counted(mixture):
 
 
 def test_routing_is_measured_in_float32_where_the_model_runs_in_bf16(mixture):
-    family, model = mixture
+    _, model = mixture
     for use in calibrate(model, IDS, {ChannelSquare}, dtype=torch.bfloat16).uses.values():
         assert not use.unknown and use.counts.sum() == 2 * use.tokens == 2 * IDS.numel()
         x = torch.randn(50, 64, generator=torch.Generator().manual_seed(5))
