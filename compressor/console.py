@@ -270,8 +270,8 @@ def how_to_load(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[str, st
         if text:
             lines["onnxruntime-genai"] = f"onnxruntime_genai.Model({out})"
     for name, answer in manifest.get("loads_in", {}).items():
-        if name in lines and answer != "yes":
-            lines[name] = answer if answer.startswith("no:") else f"{lines[name]}  ({answer})"
+        if (line := lines.get(name.partition(" ")[0])) and answer != "yes":  # "transformers 5" where it differs
+            lines[name] = answer if answer.startswith("no:") else f"{line}  ({answer})"
     return list(lines.items())
 
 

@@ -146,7 +146,7 @@ def load(folder: str | Path) -> Artifact:
     """The Artifact of a folder that `write` made. Raises ModelError."""
     from transformers import AutoConfig, GenerationConfig
 
-    from compressor.exporters.hf_config import packed_from, structure_from
+    from compressor.exporters.hf_config import packed_from, structure_from, without_refusal
     from compressor.exporters.safetensors_file import read
     from compressor.model import load_tokenizer
 
@@ -157,7 +157,7 @@ def load(folder: str | Path) -> Artifact:
     tied = manifest["tied"]
     packed = packed_from(raw, {**tensors, **{alias: tensors[name] for alias, name in tied.items()}})
     inside = tuple(f"{name}." for name in packed)
-    config = AutoConfig.from_pretrained(folder)
+    config = without_refusal(AutoConfig.from_pretrained(folder))
     for extra in ("quantization_config", "compressor"):
         if hasattr(config, extra):
             delattr(config, extra)

@@ -113,13 +113,9 @@ class MoEView:
 
         Raises ModelError for a layer whose output holds more than what its experts and its other linears give.
         """
-        with exact(x):
-            if isinstance(self.module, FewerExperts):
+        if isinstance(self.module, FewerExperts):
+            with exact(x):
                 return self.module.decide(x)[0]
-            return self._measured(x)
-
-    def _measured(self, x: Tensor) -> Tensor:
-        """The same, by letting experts answer with vectors of their own."""
         if self._heard(x[:1], range(0)).any():
             raise ModelError(f"{self.name}: it adds something else to its experts' outputs; it is not supported.")
         parts = [range(start, min(start + x.shape[1], len(self))) for start in range(0, len(self), x.shape[1])]
@@ -129,7 +125,7 @@ class MoEView:
         """The layer's output when the experts of `numbers` answer with unit vectors and all else with zeros."""
         replies = {self.experts[e]: _unit(e - numbers.start if e in numbers else None) for e in range(len(self))}
         replies |= {self._module(name): _nothing(self._module(name)) for name in self.shared()}
-        with replying(replies):
+        with replying(replies), exact(x):
             y = self.module.forward(x.unsqueeze(0))  # not called: hooks listen to the model's own forward only
         return (y if isinstance(y, Tensor) else y[0]).reshape(x.shape)
 
@@ -138,8 +134,7 @@ class MoEView:
         """What the router thinks of every expert before it chooses, float32 [T, E]; weights as from `weights`."""
         if self._score is None:
             self._score = self.routing(x[:64], weights[:64]).score
-        with exact(x):
-            logits = nn.functional.linear(x, self.weight, self.bias).float()
+        logits = self._logits(x)
         return logits.softmax(-1) if self._score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
@@ -149,8 +144,7 @@ class MoEView:
             assert self.module.parts.routing is not None
             return self.module.parts.routing
         weights = self.weights(x) if weights is None else weights
-        with exact(x):
-            logits = nn.functional.linear(x, self.weight, self.bias).float()
+        logits = self._logits(x)
         chosen = weights != 0
         top_k = int(chosen.sum(-1).amax())
         total = weights.sum(-1)
@@ -171,11 +165,11 @@ class MoEView:
     @torch.no_grad()
     def parts(self) -> Parts:
         """What the layer is made of. Raises ModelError where that does not give what it gives on random tokens."""
+        if isinstance(self.module, FewerExperts):
+            return self.module.parts
         x = self.probe()
         given = self.module(x)
         expected, outputs = (given, 0) if isinstance(given, Tensor) else (given[0], len(given))
-        if isinstance(self.module, FewerExperts):
-            return self.module.parts
         routing = None if isinstance(self.module, RoutedFFN) else self.routing(x.flatten(0, 1))
         router, container = (name.removeprefix(f"{self.name}.") for name in (self.router, self.container))
         routed: Tensor | None = None
@@ -189,6 +183,11 @@ class MoEView:
             if (y - expected).abs().amax() <= SAME * expected.abs().amax():
                 return parts
         raise ModelError(f"{self.name}: what it computes beside its experts is not known; it is not supported.")
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """float32 [T, E], not rounded to bf16 either."""
+        with exact(x):
+            return nn.functional.linear(x, self.weight, self.bias).float()
 
     def _module(self, name: str) -> Any:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
@@ -265,8 +264,8 @@ def _spread(values: Tensor) -> float:
 
 
 def exact(x: Tensor) -> torch.autocast:
-    """While this is open, products of x are computed as they are stored: calibration may compute in bfloat16, which is
-    too rough to tell what a router does."""
+    """While this is open, products of x are computed as they are stored: calibration may compute in bfloat16, whose
+    weights are no softmax any more, and whose sums DeepSeek-V3 in transformers 4 cannot add such replies to."""
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -4,9 +4,10 @@
     model = AutoModelForCausalLM.from_pretrained("out", dtype=torch.bfloat16)
 
 Such a folder names a compressed-tensors scheme that does not exist, so that every other reader refuses it instead of
-running on random weights, or its group says that layers are corrected, which other readers leave out
-(exporters/hf_config.py). Registered, that is what we recognize: a quantizer of ours builds the model as
-`compressor.load` does. Folders that stock transformers can load go the way they always do.
+running on random weights, or its groups say that layers are corrected, which other readers leave out, or that they hold
+experts which transformers 5 merges wrongly or not at all (exporters/hf_config.py). Registered, that is what we
+recognize: a quantizer of ours builds the model as `compressor.load` does. Folders that stock transformers can load go
+the way they always do.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _register(auto: Any) -> None:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from compressor.exporters.hf_config import CORRECTED, REFUSAL
+    from compressor.exporters.hf_config import CORRECTED, MERGED, REFUSAL, without_refusal
 
     stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
 
@@ -44,7 +45,8 @@ def _register(auto: Any) -> None:
     class Recognizing(stock):  # type: ignore[misc,valid-type]
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-            ours = any(name.startswith((REFUSAL, CORRECTED)) for name in config_dict.get("config_groups") or ())
+            marks = REFUSAL, CORRECTED, MERGED
+            ours = any(name.startswith(marks) for name in config_dict.get("config_groups") or ())
             return Config() if ours else stock.from_dict(config_dict, **options)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Recognizing
@@ -57,6 +59,9 @@ def _register(auto: Any) -> None:
         """
 
         requires_calibration = True  # nothing is quantized here: the folder is
+
+        def update_tp_plan(self, config: Any) -> Any:
+            return without_refusal(config)  # the one call with the config from which the model is built
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             self.dtype, self.tied = model.dtype, model.config.tie_word_embeddings

@@ -21,6 +21,7 @@ import json
 import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,12 @@ def _not_applicable(name: str, manifest: dict[str, Any], folder: Path) -> str | 
         return "the recipe exports no ONNX graph"
     if name == "onnxruntime-genai" and manifest["kind"] != "causal-lm":
         return "not a language model"
-    if name == "transformers" and manifest["loads_in"].get("transformers", "yes") != "yes":
-        return manifest["loads_in"]["transformers"]
+    if name == "transformers":
+        said = manifest["loads_in"]
+        version = metadata.version(name).partition(".")[0]
+        answer = said.get(f"{name} {version}", said.get(name, "yes"))
+        if answer != "yes":
+            return answer
     if name == LIBRARY and not native.built():
         return "the library was not built"
     if not installed(name):

@@ -11,7 +11,7 @@ classes than the one exported are left out. docs/transformers.md says what loads
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.layers import LAYERS, Packed
+from compressor.model import skeleton
+from compressor.parts import experts_of
 from compressor.structure import Structure, as_json, from_json
 
 if TYPE_CHECKING:
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
 SECTION = "compressor"
 SECTION_FORMAT, RESHAPED = 1, 2  # the second has modules of other shapes than the config's
 
-# What transformers_loader.py recognizes: groups that other readers refuse, and those that they run uncorrected.
-REFUSAL, CORRECTED = "none; open this folder with compressor.load, because ", "corrected"
+# What transformers_loader.py recognizes: groups that other readers refuse, that they run uncorrected, and those of a
+# folder whose experts transformers 5 cannot merge, or whose inputs it does not round.
+REFUSAL, CORRECTED, MERGED = "none; open this folder with compressor.load, because ", "corrected", "experts"
+# transformers 5 stops at a way of running experts that it does not know, transformers 4 and vLLM look at none.
+EXPERTS_KEY, EXPERTS_REFUSAL = "experts_implementation", "none; call compressor.register_transformers() first, because "
+# The formats that transformers 5 decodes when it merges experts. Of NVFP4 it leaves out the global scales, in silence.
+MERGEABLE = ("pack-quantized", "float-quantized", "mxfp4-pack-quantized")
 
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 # A runtime rounds block scales to `scale_dtype` only when it is named.
@@ -58,29 +65,47 @@ def export(artifact: Artifact, folder: Path) -> list[Path]:
 
 def config_of(artifact: Artifact) -> dict[str, Any]:
     """The content of config.json."""
-    stock = _stock_model(artifact)
+    plain = skeleton(artifact.config, artifact.kind)
     config = json.loads(artifact.config.to_json_string(use_diff=True))
-    for name in ("_name_or_path", "dtype", "torch_dtype", "quantization_config", SECTION):
+    for name in ("_name_or_path", "dtype", "torch_dtype", "quantization_config", EXPERTS_KEY, SECTION):
         config.pop(name, None)
     config |= _rope_for_transformers_4(config)
-    config["architectures"] = config.get("architectures") or [type(stock).__name__]
+    config["architectures"] = config.get("architectures") or [type(plain).__name__]
     config["dtype"] = "bfloat16"
-    if reason := _reason(artifact, stock):
+    if reason := _reason(artifact, plain):
         config["quantization_config"] = _refusal(reason)
     elif artifact.packed:
-        config["quantization_config"] = _dialect(artifact.packed, stock)
+        unmergeable = _unmergeable(artifact.packed, plain)
+        named = MERGED if unmergeable or _unrounded(artifact.packed, plain) else "group"
+        config["quantization_config"] = _dialect(artifact.packed, plain, named)
+        if unmergeable:
+            config[EXPERTS_KEY] = f"{EXPERTS_REFUSAL}{unmergeable}"
     return config | {SECTION: _section(artifact)}
 
 
 def loads_in(artifact: Artifact) -> dict[str, str]:
-    """{"transformers": "yes", or what a user of transformers should know instead}."""
-    if reason := _reason(artifact, _stock_model(artifact)):
+    """{"transformers": "yes", or what its user should know instead}, and of "transformers 5" where that differs."""
+    plain = skeleton(artifact.config, artifact.kind)
+    if reason := _reason(artifact, plain):
         return {"transformers": f"no: {reason}"}
+    said = {"transformers": "yes"}
     if any("correction_down" in p.tensors for p in artifact.packed.values()):
-        return {"transformers": "without its low-rank correction, or with lora/adapter on lora/base"}
-    if any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
-        return {"transformers": "with activations rounded by abs-max instead of four-over-six"}
-    return {"transformers": "yes"}
+        said["transformers"] = "without its low-rank correction, or with lora/adapter on lora/base"
+    elif any(p.attributes.get("four_over_six") for p in artifact.packed.values()):
+        said["transformers"] = "with activations rounded by abs-max instead of four-over-six"
+    if reason := _unmergeable(artifact.packed, plain):
+        said["transformers 5"] = f"no: {reason}; call compressor.register_transformers() first"
+    elif _unrounded(artifact.packed, plain):
+        said["transformers 5"] = "with inputs of experts that are not rounded"
+    return said
+
+
+def without_refusal(config: Any) -> Any:
+    """The transformers config of a folder, changed in place: transformers 5 builds its model."""
+    vars(config).pop(EXPERTS_KEY, None)  # transformers 4 keeps the entry as it is
+    if f"_{EXPERTS_KEY}_internal" in vars(config):
+        vars(config)[f"_{EXPERTS_KEY}_internal"] = None
+    return config
 
 
 def expressible(packed: Packed) -> str | None:
@@ -159,26 +184,72 @@ def decompressed(folder: Path, artifact: Artifact) -> Iterator[tuple[str, Tensor
         yield name, BaseCompressor.get_value_from_registry(scheme.format).decompress(stored, scheme)["weight"]
 
 
-def _reason(artifact: Artifact, stock: nn.Module) -> str | None:
-    """Why stock transformers cannot load this model, or None."""
+def _reason(artifact: Artifact, plain: nn.Module) -> str | None:
+    """Why stock transformers cannot load this model, or None. plain: as `skeleton` gives it."""
     from transformers.pytorch_utils import Conv1D
 
+    stock = _stock_model(artifact)
     for name, shaped in artifact.structure.items():
         return f"{name} is a {shaped}, which the config of {type(stock).__name__} cannot say"
     for name, packed in artifact.packed.items():
         if why := expressible(packed):
             return f"{name}: {why}"
-    modules = dict(stock.named_modules())
-    if transposed := next((n for n, m in modules.items() if isinstance(m, Conv1D)), None):
+    if transposed := next((n for n, m in stock.named_modules() if isinstance(m, Conv1D)), None):
         return f"{transposed} is a Conv1D, which the dialect does not cover; it is stored as a linear"
+    modules = dict(plain.named_modules())
     biased = {n.removesuffix(".bias") for n in artifact.tensors() if n.endswith(".bias")}
     if extra := next(
         (n for n in sorted(biased) if isinstance(m := modules.get(n), nn.Linear) and m.bias is None), None
     ):
         return f"{extra} has a bias, and that of {type(stock).__name__} has none"
-    if other := next((n for n in artifact.packed if not isinstance(modules.get(n), nn.Linear)), None):
-        return f"{other} is not a linear of {type(stock).__name__}"
+    known = _weight_names(stock)
+    if other := next((n for n in [*(f"{p}.weight" for p in artifact.packed), *artifact.kept] if not known(n)), None):
+        return f"{other} is no tensor of {type(stock).__name__}, which holds it in another form"
     return None
+
+
+def _unmergeable(packed: Mapping[str, Packed], plain: nn.Module) -> str | None:
+    """Why stock transformers 5 cannot merge the experts of this model, or None.
+
+    It decodes all experts of a model by one group, the first, also those that are not compressed.
+    """
+    names = _experts(plain) if packed else []
+    schemes: dict[str, str] = {}
+    for name in names:
+        schemes.setdefault(json.dumps(_scheme(packed[name]) if name in packed else None), name)
+    if len(schemes) > 1:
+        first, second, *_ = schemes.values()
+        return f"transformers 5 merges experts that all have one format, and those of {first} and {second} differ"
+    if names and names[0] not in packed:
+        return "transformers 5 merges experts as if they were compressed, and these are not"
+    if names and (found := _scheme(packed[names[0]])["format"]) not in MERGEABLE:
+        return f"transformers 5 cannot merge experts in the format {found}"
+    return None
+
+
+def _unrounded(packed: Mapping[str, Packed], plain: nn.Module) -> bool:
+    """Whether inputs of experts are rounded, which those that transformers 5 has merged are not."""
+    return any(packed[n].attributes["activations"] != "none" for n in _experts(plain) if n in packed)
+
+
+def _experts(plain: nn.Module) -> list[str]:
+    """The linears of all experts, in module order."""
+    inside = tuple(f"{container}." for _, container, _ in experts_of(plain))
+    return [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
+
+
+def _weight_names(stock: Any) -> Callable[[str], bool]:
+    """Whether a checkpoint of the stock model has a tensor of this name: transformers 5 merges some when loading."""
+    held = stock.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4
+        return held.__contains__
+    rules = get_model_conversion_mapping(stock)
+    renamings = [r for r in rules if not isinstance(r, WeightConverter)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, converters, stock.base_model_prefix, held)[0] in held
 
 
 def _stock_model(artifact: Artifact) -> nn.Module:
@@ -191,16 +262,17 @@ def _stock_model(artifact: Artifact) -> nn.Module:
         return auto.from_config(type(artifact.config).from_dict(artifact.config.to_dict()))
 
 
-def _dialect(packed: Mapping[str, Packed], stock: nn.Module) -> dict[str, Any]:
+def _dialect(packed: Mapping[str, Packed], plain: nn.Module, named: str) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
-    for name in sorted(packed):
+    experts = set(_experts(plain))
+    for name in sorted(packed, key=lambda n: (n not in experts, n)):  # transformers 5 decodes experts by the first
         scheme = _scheme(packed[name])
         groups.setdefault(json.dumps(scheme), {"targets": [], **scheme})["targets"].append(name)
-    ignore = [n for n, m in stock.named_modules() if isinstance(m, nn.Linear) and n not in packed]
+    ignore = sorted(n for n, m in plain.named_modules() if n not in packed and _has_matrix(m))
     if len(groups) == 1 and len(ignore) <= len(packed):
         next(iter(groups.values()))["targets"] = ["Linear"]
     formats = {g["format"] for g in groups.values()}
-    named = CORRECTED if any("correction_down" in p.tensors for p in packed.values()) else "group"
+    named = CORRECTED if any("correction_down" in p.tensors for p in packed.values()) else named
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -210,6 +282,12 @@ def _dialect(packed: Mapping[str, Packed], stock: nn.Module) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether it is a linear in some version: routers are not in transformers 5."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def _scheme(packed: Packed) -> dict[str, Any]:

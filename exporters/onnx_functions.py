@@ -279,7 +279,10 @@ def _int_codes_of(op: Body, packed: ir.Value, a: Mapping[str, Any]) -> ir.Value:
 
 def _three_bits(op: Body, packed: ir.Value, features: int) -> ir.Value:
     """uint8 [N, bytes] -> float32 [N, K]: eight codes are three bytes."""
-    packed = op.Slice(packed, [0], [3 * -(-features // 8)], [1])  # without the rest of the last word
+    whole, held = 3 * -(-features // 8), 4 * -(-3 * features // 32)
+    if whole > held:
+        packed = op.Pad(packed, [0, 0, 0, whole - held])  # the last word ends before the last three bytes do
+    packed = op.Slice(packed, [0], [whole], [1])  # without the rest of the last word
     codes = _cells(op, op.Reshape(packed, [0, -1, 3]), 3)
     values = _flat(op, op.Sub(op.Cast(codes, to=FLOAT), 4.0))
     return op.Slice(values, [0], [features], [1]) if features % 8 else values

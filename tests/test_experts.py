@@ -134,6 +134,17 @@ def test_every_token_is_counted(mixture):
     assert found.uses[name].counts.tolist() == COUNTS[family]
 
 
+def test_routing_is_measured_in_float32_where_the_model_runs_in_bf16(mixture):
+    _, model = mixture
+    for use in calibrate(model, IDS, {ChannelSquare}, dtype=torch.bfloat16).uses.values():
+        assert not use.unknown and use.counts.sum() == 2 * use.tokens == 2 * IDS.numel()
+        x = torch.randn(50, 64, generator=torch.Generator().manual_seed(5))
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = use.view.weights(x)
+            scores = use.view.scores(x, weights)
+        assert torch.equal(weights, use.view.weights(x)) and torch.equal(scores, use.view.scores(x, weights))
+
+
 def test_experts_of_few_tokens_lean_on_the_others(mixture):
     _, model = mixture
     found = calibrate(model, IDS, {Gram, AbsMax})

@@ -35,15 +35,17 @@ def linear(n: int, k: int, bits: int, group: int, rng: torch.Generator, **more: 
     return build(Packed("int_linear", tensors, attributes))
 
 
-def layer(hidden: int, wide: int, group: int = 32, bits: str = BITS, act: nn.Module | None = None) -> Any:
-    """What PackedExperts sees of a layer."""
+def layer(
+    hidden: int, wide: int, group: int = 32, bits: str = BITS, act: nn.Module | None = None, down: int | None = None
+) -> Any:
+    """What PackedExperts sees of a layer. down: its own group size, if it has one."""
     rng = torch.Generator().manual_seed(hidden + wide)
     experts = nn.ModuleList()
     for digit in bits:
         gate, up = (linear(wide, hidden, int(digit), group, rng) for _ in range(2))
         act = act or Gated(nn.SiLU())
-        made = Expert(NAMES, gate, up, linear(hidden, wide, int(digit), group, rng), act)  # type: ignore[arg-type]
-        experts.append(made)
+        last = linear(hidden, wide, int(digit), group if down is None else down, rng)
+        experts.append(Expert(NAMES, gate, up, last, act))  # type: ignore[arg-type]
     weight = torch.zeros(len(bits), hidden)
     return SimpleNamespace(experts=experts, weight=weight, activation=lambda: act)
 
@@ -65,7 +67,8 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().amax() <= TOLERANCE * expected.abs().amax())
 
 
-SIZES = [(64, 96, 32), (33, 70, 0), (256, 96, 24)]  # H, I, group
+# H, I, group. The last has several tasks of rows for gate, up and down, two of columns, and cut groups everywhere.
+SIZES = [(64, 96, 32), (33, 70, 0), (256, 96, 24), (300, 330, 40)]
 
 
 @pytest.mark.parametrize(("hidden", "wide", "group"), SIZES)
@@ -107,6 +110,41 @@ def test_the_fused_kernel_computes_what_the_specification_says(isa: str) -> None
                     assert tokens == 0 or close(found[0], expected), (hidden, tokens)
     finally:
         native.use_isa(best)
+
+
+KINDS = {
+    "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "relu": nn.ReLU(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_groups_of_their_own_and_negative_weights(kind: str) -> None:
+    view = layer(64, 96, 32, act=Gated(KINDS[kind]), down=48)
+    packed = PackedExperts.of(view)
+    assert isinstance(packed, PackedExperts) and packed.attributes["activation"] == kind
+    assert (packed.attributes["group_size"], packed.attributes["down_group_size"]) == (32, 48)
+    x, weights = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)), routed(9, 5)
+    weights[::2] *= -1
+    expected = one_by_one(view, x, weights)
+    assert close(reference(x, weights, packed.experts, **packed.attributes), expected)
+    if native.built():
+        found = native.run("MixedBitMoE", packed.attributes, [x, weights, packed.experts], x.shape, 2)
+        assert close(found, expected)
+
+
+def test_what_nobody_chose_is_not_read_by_the_kernel() -> None:
+    if not native.built():
+        pytest.skip("the library was not built")
+    packed = PackedExperts.of(layer(64, 96))
+    assert isinstance(packed, PackedExperts)
+    x, weights = torch.randn(7, 64, generator=torch.Generator().manual_seed(3)), routed(7, 5)
+    poisoned = packed.experts.clone()
+    first, last = mixed_bit_moe.starts(BITS, packed.attributes["layout"])[1:3]
+    poisoned[first:last] = 255  # scales are NaN
+    clean, found = (
+        native.run("MixedBitMoE", packed.attributes, [x, weights, held], x.shape) for held in (packed.experts, poisoned)
+    )
+    assert torch.equal(clean, found)
 
 
 def session(packed: PackedExperts, library: bool, qmoe: bool = False) -> Any:
@@ -185,6 +223,12 @@ def test_what_the_op_cannot_compute_is_said() -> None:
         ({"bits": "3812"}, "weights has shape"),
         ({"intermediate": 500}, "do not hold three matrices of 500 x 64"),
         ({"layout": "3 12"}, "eight numbers for each width"),
+        ({"layout": "9" + packed.attributes["layout"][1:]}, "widths of 1 to 8"),
+        ({"bits": "38123"}, "experts has shape"),
+        ({"layout": packed.attributes["layout"].replace(" 8 20480", " 7 20480")}, "a place for every width in bits"),
+        ({"group_size": 1}, "do not hold three matrices"),  # more scales than there are
+        ({"down_group_size": -1}, "0 and above"),
+        ({"hidden": 0}, "1 and above"),
     ]
     x, weights = torch.zeros(1, 64), torch.zeros(1, 5)
     for change, sentence in wrong if native.built() else ():
