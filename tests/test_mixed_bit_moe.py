@@ -67,8 +67,8 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().amax() <= TOLERANCE * expected.abs().amax())
 
 
-# H, I, group. The last has several tasks of rows for gate, up and down, two of columns, and cut groups everywhere.
-SIZES = [(64, 96, 32), (33, 70, 0), (256, 96, 24), (300, 330, 40)]
+# H, I, group. The last has several tasks of rows and columns, inputs of two panels, and rows that end within a group.
+SIZES = [(64, 96, 32), (33, 70, 0), (256, 96, 24), (540, 530, 40)]
 
 
 @pytest.mark.parametrize(("hidden", "wide", "group"), SIZES)
@@ -127,9 +127,29 @@ def test_activations_groups_of_their_own_and_negative_weights(kind: str) -> None
     weights[::2] *= -1
     expected = one_by_one(view, x, weights)
     assert close(reference(x, weights, packed.experts, **packed.attributes), expected)
-    if native.built():
-        found = native.run("MixedBitMoE", packed.attributes, [x, weights, packed.experts], x.shape, 2)
-        assert close(found, expected)
+    assert close(packed(x, weights), expected), "the op, which is the kernel where it was built"
+    half = x.bfloat16(), weights.bfloat16()
+    assert packed(*half).dtype == reference(*half, packed.experts, **packed.attributes).dtype == torch.bfloat16
+
+
+class UpFirst(nn.Module):
+    """An expert whose gate is not the first of its modules."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module):
+        super().__init__()
+        self.up, self.gate, self.down, self.act = up, gate, down, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x), self.up(x)))
+
+
+def test_the_gate_is_found_by_what_it_does() -> None:
+    view = layer(64, 96)
+    view.experts = nn.ModuleList(UpFirst(e.w1, e.w3, e.w2, e.act_fn) for e in view.experts)
+    packed = PackedExperts.of(view)
+    assert isinstance(packed, PackedExperts)
+    x, weights = torch.randn(7, 64, generator=torch.Generator().manual_seed(3)), routed(7, 5)
+    assert close(reference(x, weights, packed.experts, **packed.attributes), one_by_one(view, x, weights))
 
 
 def test_what_nobody_chose_is_not_read_by_the_kernel() -> None:
@@ -215,6 +235,20 @@ def test_what_the_op_cannot_compute_is_said() -> None:
     assert PackedExperts.of(view) == "their linears have biases"
     view.experts[1].w1 = linear(96, 64, 2, 32, torch.Generator())
     assert PackedExperts.of(view) == "one of them has linears of several widths"
+    view.experts[1].w1 = linear(96, 64, 8, 16, torch.Generator())
+    assert PackedExperts.of(view) == "their shapes differ"
+    view.experts[1].w1 = nn.Linear(64, 96, bias=False)
+    assert PackedExperts.of(view) == "not all of their weights are packed integers"
+    for change in ({"activations": "int8"}, {"hadamard": 16}):
+        view.experts[1].w1 = linear(96, 64, 8, 32, torch.Generator())
+        view.experts[1].w1.attributes |= change
+        assert PackedExperts.of(view) == "their inputs are rounded or rotated"
+    view.experts[1].w1 = linear(96, 64, 8, 32, torch.Generator())
+    view.experts[1].w1.padding = 32
+    assert PackedExperts.of(view) == "their inputs are padded, or their rounding is corrected"
+    view.experts[1].w1.padding = 0
+    view.experts[1].w1.weight_scale = view.experts[1].w1.weight_scale.float()
+    assert PackedExperts.of(view) == "their scales are not bfloat16"
     packed = PackedExperts.of(layer(64, 96))
     assert isinstance(packed, PackedExperts)
     wrong = [
@@ -224,6 +258,8 @@ def test_what_the_op_cannot_compute_is_said() -> None:
         ({"intermediate": 500}, "do not hold three matrices of 500 x 64"),
         ({"layout": "3 12"}, "eight numbers for each width"),
         ({"layout": "9" + packed.attributes["layout"][1:]}, "widths of 1 to 8"),
+        ({"layout": "0" + packed.attributes["layout"][1:]}, "widths of 1 to 8"),
+        ({"layout": packed.attributes["layout"].replace(" 8 20480 0", " 8 20480 20000")}, "do not hold three matrices"),
         ({"bits": "38123"}, "experts has shape"),
         ({"layout": packed.attributes["layout"].replace(" 8 20480", " 7 20480")}, "a place for every width in bits"),
         ({"group_size": 1}, "do not hold three matrices"),  # more scales than there are
