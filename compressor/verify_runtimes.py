@@ -424,9 +424,11 @@ def check_transformers(folder: Path, scratch: Path) -> list[Check]:
     """AutoModel.from_pretrained through compressed-tensors: the same weights bit for bit, the same logits."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from compressor.exporters.hf_config import decompressed
+    from compressor.exporters.hf_config import decompressed, loads_in
 
     artifact = load(folder)
+    if (said := loads_in(artifact)["transformers"]).startswith("no:"):  # of this version, which may not have written it
+        return [Check("transformers", "load", SKIPPED, said)]
     reference = np.load(scratch / "reference.npz")
     ids = torch.from_numpy(reference["ids"])
     rows = [_same_tokens("transformers", artifact, lambda t: AutoTokenizer.from_pretrained(folder)(t)["input_ids"])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from compressor.errors import OutputError, RecipeError
 from compressor.expert_layout import BOUNDARY, owner
 from compressor.exporters.safetensors_file import header
 from compressor.folder import read_manifest
+from compressor.verify import FAILED, OK, SKIPPED
 
 PMQ = {"targets": ["*.experts.*"], "bits": 2.5, "choices": [2, 4], "group_size": 32, "significance": "random"}
 REST = {"quantize": {"targets": ["*"], "ignore": ["*.experts.*"], "weights": "int8"}}
@@ -70,9 +73,52 @@ def test_stock_qmoe_runs_the_folder(folder):
         expected = load(folder).model()(input_ids=IDS, use_cache=False).logits
     found, _ = OnnxSession(folder).prefill(IDS)
     assert (found - expected).abs().amax() <= 2e-2 * expected.abs().amax()
-    report = verify(folder, runtimes=["torch", "onnxruntime"])
+    report = verify(folder)
     assert report.ok, report.rows
-    assert any(r.check == "experts" and r.detail.startswith("layers: 1,") for r in report.rows)
+    rows = {(r.runtime, r.check): r for r in report.rows}
+    assert rows["onnxruntime", "experts"].detail.startswith("layers: 1,")
+    assert rows["onnxruntime", "batch of two lengths with torch's routing"].detail.endswith("allowed 2e-02")
+    assert " of 72 times a token went to other experts" in rows["onnxruntime", "as deployed"].detail
+    if ("optimum", "caches") in rows:
+        assert rows["optimum", "caches"].status == SKIPPED and rows["optimum", "greedy"].status == OK
+        assert rows["optimum", "caches"].detail == "set model.num_key_value_heads = 2; optimum takes 4 for mixtral"
+
+
+def test_a_router_that_chooses_others_is_found(folder, tmp_path):
+    """Held to torch's routing, the rest of the graph is right: only the router's own check can see it."""
+    pytest.importorskip("onnxruntime")
+    from compressor.runtimes import read_graph
+    from compressor.verify_runtimes import check_onnxruntime, check_torch
+
+    made = shutil.copytree(folder, tmp_path / "out")
+    check_torch(made, tmp_path)
+    graph = read_graph(made)
+    node = next(n for n in graph.graph.node if n.op_type == "TopK")
+    next(a for a in node.attribute if a.name == "largest").i = 0
+    (made / "model.onnx").write_bytes(graph.SerializeToString())
+    rows = check_onnxruntime(made, tmp_path)
+    assert {r.check for r in rows if r.status == FAILED} == {"routing"}, rows
+    assert next(r for r in rows if r.check == "as deployed").detail.startswith("72 of 72 times")
+
+
+def test_the_graph_takes_the_routing_that_it_is_given(folder):
+    pytest.importorskip("onnxruntime")
+    from compressor.exporters.onnx_graph import expert_nodes, held_routing
+    from compressor.runtimes import OnnxSession, expose, read_graph
+    from compressor.verify_runtimes import routing
+
+    model, (value,) = load(folder).model(), (weights for _, weights, _ in expert_nodes(read_graph(folder)).values())
+    with torch.no_grad(), routing(model, True) as chosen:
+        model(input_ids=IDS, use_cache=False)
+    (weights,) = chosen.values()
+    assert weights.shape == (*IDS.shape, 4) and ((weights != 0).sum(-1) == 2).all()
+    own = read_graph(folder)
+    expose(own, [value])
+    outputs, held = OnnxSession(folder, own).run(IDS), OnnxSession(folder, held_routing(read_graph(folder)))
+    same, _ = held.prefill(IDS, more={value: outputs[value]})
+    assert torch.equal(same, torch.from_numpy(outputs["logits"]))
+    other, _ = held.prefill(IDS, more={value: np.roll(outputs[value], 1, -1)})
+    assert (other - same).abs().amax() > 2e-2 * same.abs().amax()
 
 
 def test_widths_that_stock_qmoe_does_not_read_are_refused(tiny, tiny_tokenizer, prose, tmp_path):

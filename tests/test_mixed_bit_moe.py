@@ -170,6 +170,25 @@ def test_stock_qmoe_is_within_two_percent() -> None:
             assert (found - expected).abs().amax() <= 2e-2 * expected.abs().amax(), (bits, tokens)
 
 
+def test_which_widths_stock_qmoe_rounds() -> None:
+    pytest.importorskip("onnxruntime")
+    from onnx import helper
+
+    from compressor.exporters.onnx_qmoe import rounds
+
+    for bits, group, rounding in (("2222", 16, False), ("2222", 32, True), ("4444", 32, False), ("8888", 32, True)):
+        attributes = {"expert_weight_bits": int(bits[0]), "block_size": group}
+        assert rounds(helper.make_node("QMoE", [], [], domain="com.microsoft", **attributes)) is rounding
+        packed = PackedExperts.of(layer(128, 64, group, bits))
+        assert isinstance(packed, PackedExperts)
+        x, weights = torch.randn(7, 128, generator=torch.Generator().manual_seed(1)), routed(7, 4)
+        found = session(packed, library=False, qmoe=True).run(None, {"x": x.numpy(), "weights": weights.numpy()})[0]
+        expected = reference(x, weights, packed.experts, **packed.attributes)
+        error = ((torch.from_numpy(found) - expected).abs().amax() / expected.abs().amax()).item()
+        assert error <= (2e-2 if rounding else TOLERANCE), (bits, group, error)
+    assert not rounds(helper.make_node("MatMulNBits", [], [], domain="com.microsoft"))
+
+
 def test_what_the_op_cannot_compute_is_said() -> None:
     assert PackedExperts.of(layer(64, 96, act=Clamped(1.7, 7.0))) == "their activation is clamped"
     view = layer(64, 96)
