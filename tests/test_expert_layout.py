@@ -22,16 +22,24 @@ IDS = torch.randint(5, 288, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tiny_tokenizer, prose, tmp_path_factory):
-    """A mixture of 2 and 4 bits for stock QMoE."""
-    root = tmp_path_factory.mktemp("experts")
-    (root / "text.txt").write_text(prose)
-    recipe = Recipe.from_dict(
-        {"calibration": {"windows": 2, "length": 32}, "experts": "qmoe", "steps": [{"pmq": PMQ}, REST]}
-    )
-    model = tiny("mixtral", num_hidden_layers=1)
-    artifact = compress(model, recipe, tokenizer=tiny_tokenizer, data=root / "text.txt", measure=False)
-    return artifact.save(root / "out")
+def made(tiny, tiny_tokenizer, prose, tmp_path_factory):
+    """made(pmq's options): a folder of a mixture of 2 and 4 bits for stock QMoE."""
+
+    def make(**options):
+        root = tmp_path_factory.mktemp("experts")
+        (root / "text.txt").write_text(prose)
+        steps = [{"pmq": PMQ | options}, REST]
+        recipe = Recipe.from_dict({"calibration": {"windows": 2, "length": 32}, "experts": "qmoe", "steps": steps})
+        model = tiny("mixtral", num_hidden_layers=1)
+        artifact = compress(model, recipe, tokenizer=tiny_tokenizer, data=root / "text.txt", measure=False)
+        return artifact.save(root / "out")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return made()
 
 
 def test_one_read_gives_an_expert(folder):
@@ -84,19 +92,29 @@ def test_stock_qmoe_runs_the_folder(folder):
         assert rows["optimum", "caches"].detail == "set model.num_key_value_heads = 2; optimum takes 4 for mixtral"
 
 
+def test_groups_of_16_are_exact_in_stock_qmoe(made):
+    pytest.importorskip("onnxruntime")
+    from compressor.verify import verify
+
+    rows = {r.check: r for r in verify(made(group_size=16), runtimes=["torch", "onnxruntime"]).rows}
+    assert all(r.status == OK for r in rows.values()), rows
+    assert rows["experts"].detail.endswith("allowed 1e-04") and rows["greedy"].detail == "64 of 64 tokens equal"
+    assert rows["batch of two lengths"].detail.endswith("allowed 1e-03")
+
+
 def test_a_router_that_chooses_others_is_found(folder, tmp_path):
     """Held to torch's routing, the rest of the graph is right: only the router's own check can see it."""
     pytest.importorskip("onnxruntime")
     from compressor.runtimes import read_graph
     from compressor.verify_runtimes import check_onnxruntime, check_torch
 
-    made = shutil.copytree(folder, tmp_path / "out")
-    check_torch(made, tmp_path)
-    graph = read_graph(made)
+    copy = shutil.copytree(folder, tmp_path / "out")
+    check_torch(copy, tmp_path)
+    graph = read_graph(copy)
     node = next(n for n in graph.graph.node if n.op_type == "TopK")
     next(a for a in node.attribute if a.name == "largest").i = 0
-    (made / "model.onnx").write_bytes(graph.SerializeToString())
-    rows = check_onnxruntime(made, tmp_path)
+    (copy / "model.onnx").write_bytes(graph.SerializeToString())
+    rows = check_onnxruntime(copy, tmp_path)
     assert {r.check for r in rows if r.status == FAILED} == {"routing"}, rows
     assert next(r for r in rows if r.check == "as deployed").detail.startswith("72 of 72 times")
 
