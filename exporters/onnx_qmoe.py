@@ -86,7 +86,7 @@ def rounds(node: Any) -> bool:
     """Whether onnxruntime rounds the inputs of this node of a graph to 8 bits.
 
     2 bits: its kernel of tables does, for groups of whole 32s; smaller groups are multiplied in float32. 4 bits: no.
-    8 bits: there is no other kernel; the environment's ORT_QMOE_CPU_QNBIT_GEMM=fp32 makes it dequantize all weights.
+    8 bits: there is no other kernel; the session option session.disable_prepacking makes it dequantize all weights.
     """
     if (node.domain, node.op_type) != (STOCK_DOMAIN, OP):
         return False
