@@ -13,7 +13,7 @@ from compressor import load
 from compressor.data import text_of, windows
 from compressor.evaluate import torch_runner
 from compressor.layers import QuantLinear
-from compressor.verify_runtimes import rounds_activations, without_activation_rounding
+from compressor.verify_runtimes import jumps, smooth
 
 
 def main() -> None:
@@ -23,13 +23,13 @@ def main() -> None:
     arguments = parser.parse_args()
     artifact = load(arguments.folder)
     ids = windows(artifact.tokenizer, text_of(arguments.text)[0], 1, 512)
-    for rounding in (False, True) if rounds_activations(artifact) else (False,):
+    for rounding in (False, True) if jumps(artifact) else (False,):
         single, double = artifact.model(dense=True), artifact.model(dense=True)
         for module in double.modules():
             if isinstance(module, QuantLinear) and module.dense is not None:
                 module.dense = module.dense.double()
         if not rounding:
-            single, double = without_activation_rounding(single), without_activation_rounding(double)
+            single, double = smooth(single), smooth(double)
         a, b = torch_runner(single)(ids), torch_runner(double)(ids)
         agree = (a.argmax(-1) == b.argmax(-1)).float().mean()
         print(

@@ -61,15 +61,15 @@ def cases_of(
     before = {"perplexity": (manifest.get("quality") or {}).get("base_ppl")}
     return [
         _case(ORIGINAL, TORCH, original, {"driver": "torch"}, lost, **before),
-        *_stock_cases(manifest["kind"], original, lost, before, progress),
+        *_stock_cases(manifest["kind"], source, original, lost, before, progress),
         *_our_cases(folder, manifest),
     ]
 
 
 def _stock_cases(
-    kind: str, original: Path, lost: str | None, before: dict[str, Any], progress: Progress
+    kind: str, source: str, original: Path, lost: str | None, before: dict[str, Any], progress: Progress
 ) -> Iterator[Case]:
-    """The original in other tools' graphs, which are made here."""
+    """The original in other tools' graphs, which are made here; errors name `source`, not our copy of it."""
     made_by, jobs = GENAI, {"fp32": ORIGINAL, "int4": STOCK_INT4}
     if kind == ENCODER:
         made_by, jobs = "optimum", {"encoder": ORIGINAL}
@@ -77,6 +77,7 @@ def _stock_cases(
         progress.stage(f"build {name}")
         made = original.with_name(job)
         reason = lost or _absent(made_by) or run_module("compressor.stock", job, str(original), str(made))
+        reason = reason and reason.replace(str(original), source)
         yield _graph_case(kind, name, made, reason, **({} if job == "int4" else before))
     if kind == ENCODER:
         yield _graph_case(kind, STOCK_INT4, original, f"the builder of {GENAI} makes language models only")

@@ -302,6 +302,8 @@ def _weights(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: Recipe) -> None:
     """What the main job did, how to load it, and what to do next."""
+    from compressor.verify import CACHES
+
     folder, before, after = Path(result["folder"]), result["size_before"], result["size_after"]
     text = result["calibration"]
     status = Counter(check["status"] for check in result["checks"])
@@ -326,7 +328,9 @@ def show_result(result: Mapping[str, Any], manifest: Mapping[str, Any], recipe: 
     quoted = shlex.quote(str(folder))
     following = [] if result["verified"] else [f"compress verify {quoted}"]
     following.append(f"compress eval {quoted} --against {shlex.quote(str(recipe.model))} --text FILE")
-    loading = [f"{name:18} {line}" for name, line in how_to_load(folder, manifest)]
+    found = {check["runtime"]: check["detail"] for check in result["checks"] if check["check"] == CACHES}
+    told = {**manifest, "loads_in": manifest.get("loads_in", {}) | found}
+    loading = [f"{name:18} {line}" for name, line in how_to_load(folder, told)]
     for title, lines in (("load it", loading), ("next", following)):
         rows += [(title if i == 0 else "", line) for i, line in enumerate(lines)]
     for name, value in rows:

@@ -6,7 +6,7 @@ own session. Stock onnxruntime, CPU provider; the library of fused ops only wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,15 @@ class OnnxSession:
         self.past_names = [n for n in self.inputs if n.startswith("past_key_values.")]
 
     def run(
-        self, ids: Tensor, past: dict[str, np.ndarray] | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        past: dict[str, np.ndarray] | None = None,
+        mask: Tensor | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """All outputs by name for ids [B, L] after `past` (a cache that `prefill` returned; empty when None).
 
-        mask: [B, past + L], 0 where a text is padded; None: nowhere.
+        mask: [B, past + L], 0 where a text is padded; None: nowhere. more: what else the graph asks for, by name.
         """
         batch, length = ids.shape
         if past is None:
@@ -56,15 +60,20 @@ class OnnxSession:
             "position_ids": positions.numpy(),
             "token_type_ids": np.zeros((batch, length), np.int64),
             **past,
+            **(more or {}),
         }
         values = self.session.run(None, {n: np.ascontiguousarray(v) for n, v in feeds.items() if n in self.inputs})
         return dict(zip(self.outputs, values, strict=True))
 
     def prefill(
-        self, ids: Tensor, past: dict[str, np.ndarray] | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        past: dict[str, np.ndarray] | None = None,
+        mask: Tensor | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Tensor, dict[str, np.ndarray]]:
         """(logits or hidden states of ids [B, L], the cache to continue with)."""
-        outputs = self.run(ids, past, mask)
+        outputs = self.run(ids, past, mask, more)
         cache = {n: outputs[n.replace("past_key_values", "present")] for n in self.past_names}
         return torch.from_numpy(outputs[self.outputs[0]]), cache
 

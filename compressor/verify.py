@@ -35,6 +35,7 @@ from compressor.progress import Progress, Silent
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 LIBRARY = "onnxruntime + library"
+CACHES = "caches"  # the check that says what a user of a runtime must set for the caches of a model
 # The module each runtime needs; they are checked in this order and the first one is the reference of the others.
 RUNTIMES = {
     "torch": "torch",

@@ -4,7 +4,7 @@ Stock onnxruntime, optimum and onnxruntime-genai load the folder; the last one t
 here as well. The steps live beside this file: onnx_capture (model -> graph), onnx_fusion and onnx_sites (for
 `graph: ort`), onnx_sparse (masks and linears), onnx_nodes and onnx_functions (compressed modules and what they
 compute), onnx_weights (initializers).
-Below: two views of a written graph for verification.
+Below: views of a written graph for verification.
 """
 
 from __future__ import annotations
@@ -142,6 +142,21 @@ def expert_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, str, str]]:
             container = node.name.rpartition(onnx_qmoe.NAMED)[0]
             found[container] = (node.input[0], weights, (users or [node])[0].output[0])
     return found
+
+
+def held_routing(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph, changed in place, which asks for the weights of the experts [T, E] of each layer instead of computing
+    them; each is an input of the name that the value had, the second of `expert_nodes`."""
+    import onnx
+
+    held = {weights for _, weights, _ in expert_nodes(graph).values()}
+    for node in graph.graph.node:
+        for index, name in enumerate(node.output):
+            if name in held:
+                node.output[index] = f"{name} unused"
+    kind = onnx.TensorProto.FLOAT
+    graph.graph.input.extend(onnx.helper.make_tensor_value_info(name, kind, [None, None]) for name in sorted(held))
+    return graph
 
 
 def smooth_graph(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -6,8 +6,9 @@ QMoE chooses the k largest of w_b; where fewer experts of the bucket were chosen
 skipped. Codes are cut out of the file's bytes (our words are its layout), rows of gate and up put in turn, and scales
 made float32, all by operators that onnxruntime computes once, when it loads the graph.
 
-Its kernels for a CPU round inputs to 8 bits by themselves, of 2 bits always: a node is off by up to 2 % of its largest
-output, and tokens need not be those of the other runtimes. `experts: mixed` computes what was measured.
+Its kernels for a CPU (onnxruntime 1.32, moe_quantization_cpu.cc) round inputs to 8 bits by themselves in two of the
+widths, and a node is then off by up to 2 % of its largest output: see `rounds`. `experts: mixed` computes what was
+measured.
 """
 
 from __future__ import annotations
@@ -79,6 +80,18 @@ def _bucket(
         activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
         normalize_routing_weights=0,
     )  # fmt: skip
+
+
+def rounds(node: Any) -> bool:
+    """Whether onnxruntime rounds the inputs of this node of a graph to 8 bits.
+
+    2 bits: its kernel of tables does, for groups of whole 32s; smaller groups are multiplied in float32. 4 bits: no.
+    8 bits: there is no other kernel; the session option session.disable_prepacking makes it dequantize all weights.
+    """
+    if (node.domain, node.op_type) != (STOCK_DOMAIN, OP):
+        return False
+    a = {attribute.name: attribute.i for attribute in node.attribute}
+    return a["expert_weight_bits"] == 8 or (a["expert_weight_bits"] == 2 and a["block_size"] % 32 == 0)
 
 
 def _refusal(a: Mapping[str, Any]) -> str | None:

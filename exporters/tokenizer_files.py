@@ -6,11 +6,17 @@ know version 5's names, onnxruntime-genai has a list of its own. `PreTrainedToke
 know and take literally, so that is what is written, with the few settings that a class would have implied. Vocabulary
 copies (vocab.json, tokenizer.model) are left out: nobody reads them beside tokenizer.json. A tokenizer without a fast
 backend is written as transformers writes it.
+
+A tokenizer of bytes whose decoder also has SentencePiece's steps, as converters write it, loses them where they have
+nothing to do: onnxruntime-genai takes a decoder that replaces "▁" for SentencePiece and then splits text in that way
+(onnxruntime-extensions, LoadSpmModelParams in bpe_kernels.cc).
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +108,7 @@ def _write_fast(tokenizer: Any, folder: Path, text_only: bool) -> list[Path]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left behind by the last call of the tokenizer; whoever tokenizes next sets its own.
     backend["truncation"] = backend["padding"] = None
+    backend["decoder"] = _decoder(backend)
     special: dict[str, Any] = {r: t for r, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
     if extra := [t for t in tokenizer.all_special_tokens if t not in special.values()]:
         special["additional_special_tokens"] = extra
@@ -127,6 +134,26 @@ def _write_fast(tokenizer: Any, folder: Path, text_only: bool) -> list[Path]:
     elif template:
         config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
     return [*files, _json(folder / "tokenizer_config.json", config, 2)]
+
+
+def _decoder(backend: dict[str, Any]) -> dict[str, Any] | None:
+    """The decoder of a tokenizer.json; only its ByteLevel where the steps before it find nothing to change."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    decoder, vocabulary = backend["decoder"], backend["model"].get("vocab")
+    steps = (decoder or {}).get("decoders") or [{"type": None}]
+    if steps[-1]["type"] != "ByteLevel" or not isinstance(vocabulary, dict):
+        return decoder
+    tokens = {*vocabulary, *(token["content"] for token in backend["added_tokens"])}
+    letters = {*ByteLevel.alphabet()}
+    if not letters.issuperset("".join(tokens)):  # a joined text that is not all bytes stays as it is, a token may not
+        return decoder
+    idle: dict[str, Callable[[Any], bool]] = {
+        "Fuse": lambda step: True,  # ByteLevel joins tokens by itself
+        "ByteFallback": lambda step: not any(re.fullmatch("<0x[0-9A-Fa-f]{2}>", token) for token in tokens),
+        "Replace": lambda step: not letters.issuperset(step["pattern"].get("String", "")),
+    }
+    return steps[-1] if all(idle.get(step["type"], lambda _: False)(step) for step in steps[:-1]) else decoder
 
 
 def _chat(tokenizer: Any) -> str | None:

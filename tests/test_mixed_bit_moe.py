@@ -167,7 +167,7 @@ def test_what_nobody_chose_is_not_read_by_the_kernel() -> None:
     assert torch.equal(clean, found)
 
 
-def session(packed: PackedExperts, library: bool, qmoe: bool = False) -> Any:
+def session(packed: PackedExperts, library: bool, qmoe: bool = False, prepacking: bool = True) -> Any:
     """One node in onnxruntime: through its body, with our kernel, or as stock QMoE."""
     import onnx_ir as ir
     import onnxruntime
@@ -192,6 +192,7 @@ def session(packed: PackedExperts, library: bool, qmoe: bool = False) -> Any:
     onnx_functions.attach_bodies(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 2, 4
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepacking)))
     if library:
         compressor.register_ops(options)
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
@@ -226,6 +227,29 @@ def test_stock_qmoe_is_within_two_percent() -> None:
             found = torch.from_numpy(made.run(None, {"x": x.numpy(), "weights": weights.numpy()})[0])
             expected = reference(x, weights, packed.experts, **packed.attributes)
             assert (found - expected).abs().amax() <= 2e-2 * expected.abs().amax(), (bits, tokens)
+
+
+def test_which_widths_stock_qmoe_rounds() -> None:
+    pytest.importorskip("onnxruntime")
+    from onnx import helper
+
+    from compressor.exporters.onnx_qmoe import rounds
+
+    cases = [("2222", 16, False), ("2222", 32, True), ("4444", 32, False), ("8888", 32, True)]
+    for bits, group, rounding in cases:
+        attributes = {"expert_weight_bits": int(bits[0]), "block_size": group}
+        assert rounds(helper.make_node("QMoE", [], [], domain="com.microsoft", **attributes)) is rounding
+        packed = PackedExperts.of(layer(128, 64, group, bits))
+        assert isinstance(packed, PackedExperts)
+        x, weights = torch.randn(7, 128, generator=torch.Generator().manual_seed(1)), routed(7, 4)
+        expected = reference(x, weights, packed.experts, **packed.attributes)
+        for prepacking in (True, False):  # without, 8 bits have no kernel of their own
+            made = session(packed, library=False, qmoe=True, prepacking=prepacking)
+            found = torch.from_numpy(made.run(None, {"x": x.numpy(), "weights": weights.numpy()})[0])
+            error = ((found - expected).abs().amax() / expected.abs().amax()).item()
+            exact = not rounding or (bits == "8888" and not prepacking)
+            assert error <= (TOLERANCE if exact else 2e-2), (bits, group, error)
+    assert not rounds(helper.make_node("MatMulNBits", [], [], domain="com.microsoft"))
 
 
 def test_what_the_op_cannot_compute_is_said() -> None:

