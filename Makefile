@@ -26,7 +26,7 @@ test-web: .venv/ready
 	.venv/bin/python -m pytest tests/test_web.py -m "slow or not slow"
 
 # What touches transformers most; T5_TESTS= runs everything.
-T5_TESTS ?= $(addprefix tests/test_,model.py calibrate.py experts.py expert_plan.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py transformers_loader.py)
+T5_TESTS ?= $(addprefix tests/test_,model.py calibrate.py experts.py expert_plan.py fewer_experts.py pipeline.py onnx_graph.py tokenizer_files.py compressed_tensors.py transformers_loader.py)
 
 # The same code under transformers 5, in an environment of its own (optimum-onnx pins transformers < 4.58).
 test-transformers5: .venv-transformers5/ready

@@ -24,7 +24,10 @@ FAMILIES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe",
 )  # fmt: skip
 SOFTMAX_OF_CHOSEN = ("gpt_oss", "granitemoe")  # ours is that of all, divided by the sum: equal but for rounding
-SHORT = {"calibration": {"windows": 2, "length": 32, "dtype": "float32"}, "embedding": "keep", "lm_head": "keep"}
+SHORT = {
+    "calibration": {"windows": 2, "length": 32, "dtype": "float32"}, "embedding": "keep", "lm_head": "keep",
+    "exports": ["safetensors"],
+}  # fmt: skip
 TRAIN = {"windows": 4, "epochs": 4, "batch": 2, "keep": 0.75}
 
 
