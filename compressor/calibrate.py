@@ -323,6 +323,6 @@ def _pattern(name: str) -> str:
 
 
 def up_to_last(named: Named, chosen: Collection[str]) -> Named:
-    """The blocks up to the last one that holds a chosen linear: later ones need not run."""
+    """The blocks up to the last one that holds a chosen linear or layer: later ones need not run."""
     used = [i for i, (name, _) in enumerate(named) if any(n.startswith(f"{name}.") for n in chosen)]
     return named[: used[-1] + 1] if used else []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.blockwise import run_blocks
+from compressor.calibrate import up_to_last
 from compressor.errors import ModelError
 from compressor.experts import put
 from compressor.fewer_experts import FewerExperts
@@ -58,10 +59,8 @@ def thinned(model: nn.Module, views: Mapping[str, MoEView], rule: str, keep: flo
 
 def run_through(model: nn.Module, layers: Layers, windows: Tensor, run: Run) -> None:
     """Windows [S, L] through all blocks up to the last with a rule."""
-    names = [name for name, _ in blocks(model)]
-    last = max(i for i, name in enumerate(names) if any(layer.startswith(f"{name}.") for layer in layers))
-    part = blocks(model)[: last + 1]
-    run_blocks(model, windows, part, lambda name: nullcontext(), run.progress, run.device, run.dtype)
+    named = up_to_last(blocks(model), layers)
+    run_blocks(model, windows, named, lambda name: nullcontext(), run.progress, run.device, run.dtype)
 
 
 @contextmanager
