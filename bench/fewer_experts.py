@@ -45,24 +45,6 @@ def rows() -> dict[str, dict[str, Any]]:
     return found | {"moe-pmq-otp": {"against": "moe-pmq-2.5"}}
 
 
-class Used:
-    """The share of the router's choice that a model's rules leave out, of all that went through them."""
-
-    def __init__(self, model: nn.Module):
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, FewerExperts)}
-        self.kept, self.all = 0.0, 0
-        self.open = hearing(layers, self.see)
-        self.open.__enter__()
-
-    def see(self, _: str, args: tuple[Tensor, ...], out: Tensor) -> None:
-        self.kept += out.double().sum().item()
-        self.all += out.numel()
-
-    @property
-    def saved(self) -> float:
-        return 1 - self.kept / self.all
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -96,10 +78,13 @@ def main() -> None:
             chosen = {"calibration": {"windows": 64}, "embedding": "keep", "lm_head": "keep", "steps": [step]}
             changed = made(Recipe.from_dict(chosen))
         took = time.monotonic() - start
-        used = Used(changed)
         runner, before = torch_runner(changed), torch_runner(reference)
-        losses, whole = measure(runner, test).losses, measure(before, test).losses
-        saved, kl = used.saved, measure(runner, test[:16], before).kl
+        shares: list[Tensor] = []
+        layers = {n: m for n, m in changed.named_modules() if isinstance(m, FewerExperts)}
+        with hearing(layers, lambda _, args, kept, shares=shares: shares.append(kept.double().mean())):
+            losses = measure(runner, test).losses
+        whole, kl = measure(before, test).losses, measure(runner, test[:16], before).kl
+        saved = 1 - torch.stack(shares).mean().item()
         low, high = (math.exp(x) for x in paired_interval(losses, whole))
         ratio = math.exp(losses.mean() - whole.mean())
         print(f"| {name} | {saved:.3f} | × {ratio:.4f} ({low:.4f} … {high:.4f}) | {kl.mean():.4f} |", flush=True)

@@ -57,22 +57,27 @@ class Parts:
         """x [T, H] -> what the router gives every expert, [T, E], 0 where it is not chosen."""
         if self.routing is None:
             return layer.weights(x)
-        if not self.routing.plain:
-            return self._by_itself(layer, x)
-        values, indices = (scores := self.scores(layer, x)).topk(self.routing.top_k, dim=-1)
+        return self._of(self._scores(layer, x), x) if self.routing.plain else self._by_itself(layer, x)
+
+    def weights_and_scores(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the router's score of every expert before it chooses, float32 [T, E]."""
+        assert self.routing is not None
+        scores = self._scores(layer, x)
+        return self._of(scores, x) if self.routing.plain else self._by_itself(layer, x), scores
+
+    def _of(self, scores: Tensor, x: Tensor) -> Tensor:
+        """What a router that chooses the largest scores makes of them."""
+        assert self.routing is not None
+        values, indices = scores.topk(self.routing.top_k, dim=-1)
         if self.routing.renormalized:
             values = values / values.sum(-1, keepdim=True)
         return torch.zeros_like(scores).scatter(1, indices, values * self.routing.scale).to(x.dtype)
 
-    def scores(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x [T, H] -> the router's score of every expert before it chooses, float32 [T, E]."""
+    def _scores(self, layer: nn.Module, x: Tensor) -> Tensor:
         assert self.routing is not None
-        owner = layer.get_submodule(self.router.rpartition(".")[0])
         weight = layer.get_parameter(self.router)
-        bias = getattr(owner, "bias", None)
-        bias = bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
-        logits = nn.functional.linear(x, weight, bias).float()
-        return logits.softmax(-1) if self.routing.score == "softmax" else logits.sigmoid()
+        bias = bias_of(layer.get_submodule(self.router.rpartition(".")[0]), weight)
+        return scored(nn.functional.linear(x, weight, bias).float(), self.routing.score)
 
     def _by_itself(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Of a router whose choice is not plainly the largest scores: what it says."""
@@ -93,6 +98,17 @@ class Parts:
     def given(self, y: Tensor) -> Any:
         """y as the layer gives it: alone, or before things that a forward without training does not look at."""
         return (y, *(None for _ in range(self.outputs - 1))) if self.outputs else y
+
+
+def bias_of(router: nn.Module, weight: Tensor) -> Tensor | None:
+    """[E] of a router whose weight is [E, H], None for none."""
+    bias = getattr(router, "bias", None)
+    return bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
+
+
+def scored(logits: Tensor, score: str) -> Tensor:
+    """logits [T, E] -> the scores that `Routing.score` names."""
+    return logits.softmax(-1) if score == "softmax" else logits.sigmoid()
 
 
 def every_expert(experts: Any, x: Tensor, weights: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Ratio(nn.Module):
     def __init__(self, top_k: int, experts: int, features: int, renormalized: bool):
         super().__init__()
         self.top_k, self.gain = top_k, float(renormalized)
-        self.beta = _empty(1)
+        self.beta, self.table, self.sampled = _empty(1), None, None
 
     def forward(self, x: Tensor, top: Tensor, scores: Tensor) -> Tensor:
         """x [T, H], top [T, K] in falling order, scores [T, E] -> m, bool [T, K], the first of each row True."""
@@ -97,7 +97,7 @@ class FewerExperts(nn.Module):
             "rule": self.kind,
             "experts": self.experts_count,
             "features": self.features,
-            "tables": getattr(self.rule, "table", None) is not None,
+            "tables": self.rule.table is not None,
         }
 
     def adopt(self, layer: nn.Module) -> FewerExperts:
@@ -110,9 +110,9 @@ class FewerExperts(nn.Module):
 
     def decide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] -> [T, E] each: weights, 0 where not chosen or left out; what is left out; the router's own."""
-        own = self.parts.weights(self, x)
+        own, scores = self.parts.weights_and_scores(self, x)
         top, chosen = own.topk(self.rule.top_k, dim=-1)
-        kept = self.rule(x, top, self.parts.scores(self, x)).to(top.dtype)
+        kept = self.rule(x, top, scores).to(top.dtype)
         left = top * (1 - kept)
         whole = (top * kept).sum(-1, keepdim=True).clamp_min(1e-9)
         gain = self.rule.gain * left.sum(-1, keepdim=True) / whole
@@ -121,13 +121,12 @@ class FewerExperts(nn.Module):
 
     def instead(self, left: Tensor) -> Tensor | None:
         """What stands for the experts left out, [T, H]; left [T, E] as from `decide`."""
-        table = getattr(self.rule, "table", None)
-        return None if table is None else left @ table.to(left)
+        return None if self.rule.table is None else left @ self.rule.table.to(left)
 
     def forward(self, hidden_states: Tensor) -> Any:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, left, own = self.decide(x)
-        training = getattr(self.rule, "sampled", None) is not None
+        training = self.rule.sampled is not None  # what is left out has a gradient too
         experts = self.get_submodule(self.parts.container)
         y = chosen_experts(experts, x, weights, own != 0 if training else weights != 0)
         if (more := self.instead(left)) is not None:

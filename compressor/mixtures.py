@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
-from compressor.expert_parts import Parts, Routing, candidates, every_expert
+from compressor.expert_parts import Parts, Routing, bias_of, candidates, every_expert, scored
 from compressor.experts import Clamped, Gated
 from compressor.fewer_experts import FewerExperts
 from compressor.layers import QuantLinear
@@ -48,8 +48,7 @@ class MoEView:
         self.experts: Any = model.get_submodule(container)
         owner = model.get_submodule(router.rpartition(".")[0])
         self.weight: Tensor = model.get_parameter(router)
-        bias = getattr(owner, "bias", None)
-        self.bias: Tensor | None = bias if isinstance(bias, Tensor) and bias.shape == self.weight.shape[:1] else None
+        self.bias = bias_of(owner, self.weight)
         self._score: str | None = None
 
     def __len__(self) -> int:
@@ -134,8 +133,7 @@ class MoEView:
         """What the router thinks of every expert before it chooses, float32 [T, E]; weights as from `weights`."""
         if self._score is None:
             self._score = self.routing(x[:64], weights[:64]).score
-        logits = self._logits(x)
-        return logits.softmax(-1) if self._score == "softmax" else logits.sigmoid()
+        return scored(self._logits(x), self._score)
 
     @torch.no_grad()
     def routing(self, x: Tensor, weights: Tensor | None = None) -> Routing:
