@@ -15,7 +15,7 @@ from compressor.experts import unfuse
 from compressor.folder import read_manifest
 from compressor.layers import build
 from compressor.lowrank import LowRankLinear
-from compressor.verify import _not_applicable
+from compressor.verify import _not_applicable, verify
 
 IDS = torch.arange(4, 40)[None]
 
@@ -177,3 +177,12 @@ def test_the_answer_of_this_version_is_what_verify_and_the_summary_say(mixture):
     lines, refused = dict(how_to_load(folder, manifest)), manifest["loads_in"]["transformers 5"]
     assert "from_pretrained" in lines["transformers"] and lines["transformers 5"] == refused
     assert _not_applicable("transformers", manifest, folder) == (refused if MAJOR == "5" else None)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_verify_compares_experts_of_one_width_in_both_versions(name, tiny, tiny_tokenizer, text, tmp_path):
+    steps = [{"quantize": {"weights": "int4", "group_size": 32}}]
+    folder = written(tiny(name), steps, tiny_tokenizer, text, tmp_path / "out")
+    report = verify(folder, runtimes=("torch", "transformers"))
+    assert report.ok, report.rows
+    assert any(row.check.startswith("logits") for row in report.rows)
